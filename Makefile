@@ -1,0 +1,63 @@
+# Needs Python 3.11 or newer and make; everything else is installed into .venv with pip, at the versions of constraints.txt.
+.DEFAULT_GOAL := help
+.PHONY: help setup protos test test-gpu check stubs-fresh deploy-sane bench soak clean
+
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+BIN := .venv/bin
+READY := .venv/.ready
+PROTOS := $(sort $(wildcard protos/*/v1/*.proto))
+PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 — \2/p' $(MAKEFILE_LIST) | awk -F ' — ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Create .venv and install everything at its pinned version (quick when nothing changed)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "fot needs Python 3.11 or newer; none was found (set PYTHON=/path/to/python)" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --no-input -c constraints.txt setuptools $$(grep '^torch==' constraints.txt)
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-input -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+protos: setup  ## Regenerate the gRPC stubs from protos/
+	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:protos/%=%)
+
+test: setup  ## Run the tests (a few minutes on two cores)
+	$(BIN)/pytest
+
+test-gpu: setup  ## Run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+check: setup stubs-fresh deploy-sane  ## Lint, format, types, import contracts, stub freshness, deployment files
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --cache-dir .cache/imports
+
+stubs-fresh: setup
+	rm -rf .cache/stubs && mkdir -p .cache/stubs
+	$(PROTOC) --python_out=.cache/stubs --pyi_out=.cache/stubs --grpc_python_out=.cache/stubs $(PROTOS:protos/%=%)
+	@for stub in $$(cd .cache/stubs && find . -name '*_pb2*.py*'); do \
+		cmp -s .cache/stubs/$$stub $$stub || { echo "$$stub is stale: run make protos and commit" >&2; exit 1; }; done
+
+deploy-sane: setup
+	$(BIN)/pytest -q tests/test_repository.py -k deployment
+
+bench: setup  ## Measure attend, ingest and wire; results go to bench-results/
+	mkdir -p bench-results
+	$(BIN)/fot bench wire --json bench-results/wire.json
+	$(BIN)/fot bench ingest --json bench-results/ingest.json
+	$(BIN)/fot bench attend --json bench-results/attend.json
+
+FOT_SOAK_KILLS ?= 1000
+FOT_SOAK_OPS ?= 200000
+FOT_SOAK_FLIPS ?= 1000
+soak: setup  ## Run the long crash, fault and model tests (hours); sizes by FOT_SOAK_KILLS, FOT_SOAK_OPS, FOT_SOAK_FLIPS
+	FOT_SOAK_KILLS=$(FOT_SOAK_KILLS) FOT_SOAK_OPS=$(FOT_SOAK_OPS) FOT_SOAK_FLIPS=$(FOT_SOAK_FLIPS) \
+		$(BIN)/pytest -m soak --timeout=0 -s
+
+clean:  ## Remove what builds and tests left, but not .venv
+	rm -rf .cache build dist bench-results *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

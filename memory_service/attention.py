@@ -1,0 +1,232 @@
+"""Attention over disjoint sets of keys: exact top-k, dense, and the one function that merges partial results.
+
+H key/value heads, R query rows of a head (query heads that share it, times queries), D head_dim, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memory_service import scan
+from memory_service.scan import GROUP, Arena, Chunk
+from memory_service.types import Cancel, Partial
+
+_PIECE_ELEMENTS = 1 << 22  # Float32 elements gathered at a time when candidates are scored again.
+_FEW_KEYS = 2048  # Below this, scoring everything and sorting beats a scan.
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Partial:
+    """Softmax attention in float32, written to be obvious: the oracle of the engines below.
+
+    query [..., Q, D] already scaled, key and value [..., N, D], visible broadcasts to [..., Q, N].
+    """
+    scores = query.float() @ key.float().mT
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights, lse = _softmax(scores, dim=-1)
+    return Partial(weights @ value.float(), lse)
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """What one softmax over all the keys would have given: a softmax over the partials' lse."""
+    shares, lse = _softmax(torch.stack([p.lse.float() for p in partials]), dim=0)
+    output = sum((share[..., None] * p.output for share, p in zip(shares, partials, strict=True)), torch.zeros(()))
+    return Partial(output.to(partials[0].output.dtype), lse)
+
+
+def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    lse = scores.logsumexp(dim, keepdim=True)
+    # Where every score is -inf, subtract 0 instead: weights of 0 rather than nan.
+    return (scores - lse.masked_fill(lse == -torch.inf, 0)).exp(), lse.squeeze(dim)
+
+
+def group_heads(queries: Tensor, kv_heads: int) -> Tensor:
+    """[G, Q, D] to [H, R, D]: query head g reads kv head g // (G // H)."""
+    heads, count, dim = queries.shape
+    return queries.reshape(kv_heads, heads // kv_heads * count, dim)
+
+
+class TopK:
+    """The K best keys of every query row so far, with their values. Feed it chunks; order does not matter."""
+
+    def __init__(self, queries: Tensor, top_k: int, arena: Arena | None = None, cancel: Cancel | None = None):
+        """`queries` [H, R, D] float32 carry the scale."""
+        h, rows, dim = queries.shape
+        self.queries = queries
+        self.top_k = top_k
+        self.arena = arena or Arena()
+        self.cancel = cancel or Cancel()
+        self.scores = queries.new_full((h, rows, top_k), -torch.inf)  # Unsorted; -inf is padding.
+        self.rows = torch.full((h, rows, top_k), -1, dtype=torch.int64, device=queries.device)  # With their base.
+        self.values = queries.new_zeros((h, rows, top_k, dim))
+
+    def add(self, chunk: Chunk, scratch_bytes: int = 64 << 20) -> None:
+        """Look at every key of the chunk. Time ∝ keys·R·D; scratch ≤ about `scratch_bytes`."""
+        count = chunk.size
+        if not count:
+            return
+        h, rows, _ = self.queries.shape
+        few = count <= max(_FEW_KEYS, self.top_k * GROUP)
+        per_row = 4 * count * (1 if few else 2 / GROUP)
+        step = max(1, min(rows, int(scratch_bytes / per_row)))
+        # Small products share their overhead by taking all heads at once; large ones take turns to stay in cache.
+        group = max(1, min(h, int(scratch_bytes / per_row / step))) if step < 32 else 1
+        for head in range(0, h, group):
+            for row in range(0, rows, step):
+                part = (slice(head, min(head + group, h)), slice(row, min(row + step, rows)))
+                (self._add_all if few else self._add_survivors)(chunk, *part)
+
+    def add_candidates(self, chunk: Chunk, found: Tensor) -> None:
+        """Look only at these rows of the chunk, in scope or not: [H, R, C], -1 is padding, no row twice."""
+        h, rows, width = found.shape
+        step = max(1, _PIECE_ELEMENTS // max(1, width * self.queries.shape[2]))
+        for head in range(h):
+            for row in range(0, rows, step):
+                self.cancel.check()
+                part = found[head, row : row + step]
+                scores = self._score(chunk, head, slice(row, row + step), part)
+                self._keep(chunk, slice(head, head + 1), slice(row, row + step), scores[None], part[None])
+
+    def narrow(self, rows: slice) -> TopK:
+        """The same best keys, for some of the query rows: what is added there is added here."""
+        part = object.__new__(TopK)
+        part.queries, part.top_k, part.arena, part.cancel = self.queries[:, rows], self.top_k, self.arena, self.cancel
+        part.scores, part.rows, part.values = self.scores[:, rows], self.rows[:, rows], self.values[:, rows]
+        return part
+
+    def partial(self, logit_gap: float | None = None) -> Partial:
+        """Softmax over the kept keys: output [H, R, D], lse [H, R]. Drops what is `logit_gap` below the best."""
+        if logit_gap is not None:
+            lost = self.scores < self.scores.amax(2, keepdim=True) - logit_gap
+            self.scores.masked_fill_(lost, -torch.inf)
+            self.rows.masked_fill_(lost, -1)
+        weights, lse = _softmax(self.scores, dim=2)
+        return Partial((weights[:, :, None] @ self.values).squeeze(2), lse)
+
+    def _add_all(self, chunk: Chunk, heads: slice, rows: slice) -> None:
+        """Score every key in float32 and sort."""
+        queries = self.queries[heads, rows]
+        keys = torch.cat([chunk.keys[heads, start:stop].float() for start, stop in chunk.runs], dim=1)
+        self.cancel.check()
+        scores = queries @ keys.mT
+        best = scores.topk(min(self.top_k, scores.shape[2]), dim=2, sorted=False)
+        self._keep(chunk, heads, rows, best.values, chunk.rows(best.indices))
+
+    def _add_survivors(self, chunk: Chunk, heads: slice, rows: slice) -> None:
+        """Scan for groups that may matter, then score their keys in float32."""
+        queries = self.queries[heads, rows]
+        h, r, dim = queries.shape
+        maxima, error = scan.group_maxima(chunk, heads, queries, self.arena, self.cancel)
+        floor = self.scores[heads, rows].amin(2)
+        row, group = scan.survivors(maxima, error, self.top_k, floor)
+        counts = torch.bincount(row, minlength=h * r)
+        ends = counts.cumsum(0)
+        # Rows differ in how many groups they keep (equal keys make many): take as many rows at a time as fit.
+        done = 0
+        begins = ends - counts
+        limits = ends.tolist()
+        widths = counts.tolist()
+        while done < h * r:
+            stop, width = done, 0
+            head = done // r
+            while stop < (head + 1) * r:
+                wider = max(width, widths[stop])
+                if stop > done and wider * (stop + 1 - done) * GROUP * dim > _PIECE_ELEMENTS:
+                    break
+                width, stop = wider, stop + 1
+            self.cancel.check()
+            low, high = (limits[done - 1] if done else 0), limits[stop - 1]
+            if high > low:
+                padded = group.new_full((stop - done, width), -1)
+                within = torch.arange(low, high, device=row.device) - begins[row[low:high]]
+                padded[row[low:high] - done, within] = group[low:high]
+                places = padded[:, :, None] * GROUP + torch.arange(GROUP, device=row.device)
+                places = places.masked_fill((padded[:, :, None] < 0) | (places >= chunk.size), -1).flatten(1)
+                absolute_head = heads.start + head
+                absolute = slice(rows.start + done - head * r, rows.start + stop - head * r)
+                found = chunk.rows(places.clamp(min=0)).masked_fill_(places < 0, -1)
+                scores = self._score(chunk, absolute_head, absolute, found)
+                self._keep(chunk, slice(absolute_head, absolute_head + 1), absolute, scores[None], found[None])
+            done = stop
+
+    def _score(self, chunk: Chunk, head: int, rows: slice, found: Tensor) -> Tensor:
+        """Exact scores [r, C] of one head's query rows for chunk rows [r, C]; -inf where the row is -1."""
+        keys = chunk.keys[head].index_select(0, found.clamp(min=0).flatten()).float().view(*found.shape, -1)
+        scores = (self.queries[head, rows][:, None] @ keys.mT).squeeze(1)
+        return scores.masked_fill_(found < 0, -torch.inf)
+
+    def _keep(self, chunk: Chunk, heads: slice, rows: slice, scores: Tensor, found: Tensor) -> None:
+        """Merge new scores [h, r, C] into the best K and fetch the values of those that made it."""
+        pool = torch.cat([self.scores[heads, rows], scores], dim=2)
+        best = pool.topk(self.top_k, dim=2, sorted=False)
+        fresh = (best.indices >= self.top_k) & (best.values > -torch.inf)
+        places = torch.cat([self.rows[heads, rows], found + chunk.base], dim=2).gather(2, best.indices)
+        stay = best.indices.clamp(max=self.top_k - 1)[..., None].expand(-1, -1, -1, self.values.shape[3])
+        values = self.values[heads, rows].gather(2, stay)
+        head, row, slot = fresh.nonzero(as_tuple=True)
+        values[head, row, slot] = chunk.values[heads][head, places[head, row, slot] - chunk.base].float()
+        self.scores[heads, rows] = best.values
+        self.rows[heads, rows] = places.masked_fill_(best.values == -torch.inf, -1)
+        self.values[heads, rows] = values
+
+
+class Dense:
+    """Softmax over every key, streamed: running maximum, denominator and numerator."""
+
+    def __init__(self, queries: Tensor, arena: Arena | None = None, cancel: Cancel | None = None):
+        """`queries` [H, R, D] float32 carry the scale."""
+        h, rows, dim = queries.shape
+        self.queries = queries
+        self.arena = arena or Arena()
+        self.cancel = cancel or Cancel()
+        self._highest = queries.new_full((h, rows), -torch.inf)
+        self._sum = queries.new_zeros((h, rows))
+        self._output = queries.new_zeros((h, rows, dim))
+
+    def add(self, chunk: Chunk) -> None:
+        """Take every key of the chunk in. Time ∝ keys·R·D."""
+        h, rows, dim = self.queries.shape
+        size = scan.block_size(rows, dim)
+        scratch = self.arena.take("blocks", (2, size, dim), torch.float32, self.queries.device)
+        for head in range(h):
+            for _, ranges in chunk.blocks(size):
+                self.cancel.check()
+                keys = scan.load(chunk.keys[head], ranges, scratch[0])
+                self._take(head, keys, scan.load(chunk.values[head], ranges, scratch[1]))
+
+    def _take(self, head: int, keys: Tensor, values: Tensor) -> None:
+        scores = self.queries[head] @ keys.T  # [R, n]
+        highest = torch.maximum(self._highest[head], scores.amax(1))
+        shrink = (self._highest[head] - highest).exp()
+        weights = scores.sub_(highest[:, None]).exp_()
+        self._sum[head] = self._sum[head] * shrink + weights.sum(1)
+        self._output[head] = self._output[head] * shrink[:, None] + weights @ values
+        self._highest[head] = highest
+
+    def narrow(self, rows: slice) -> Dense:
+        """The same sums, for some of the query rows: what is added there is added here."""
+        part = object.__new__(Dense)
+        part.queries, part.arena, part.cancel = self.queries[:, rows], self.arena, self.cancel
+        part._highest, part._sum, part._output = self._highest[:, rows], self._sum[:, rows], self._output[:, rows]
+        return part
+
+    def partial(self) -> Partial:
+        """Output [H, R, D] and lse [H, R]; 0 and -inf if there was no key."""
+        return Partial(self._output / self._sum.clamp(min=1e-38)[..., None], self._highest + self._sum.log())
+
+    def mass(self, chunk: Chunk, lse: Tensor) -> Tensor:
+        """Softmax mass of each key in scope, over heads and rows: [count]. A second pass; needs the final lse."""
+        h, rows, dim = self.queries.shape
+        size = scan.block_size(rows, dim)
+        total = self.queries.new_zeros(chunk.size)
+        scratch = self.arena.take("blocks", (size, dim), torch.float32, self.queries.device)
+        for head in range(h):
+            for first, ranges in chunk.blocks(size):
+                self.cancel.check()
+                keys = scan.load(chunk.keys[head], ranges, scratch)
+                weights = (self.queries[head] @ keys.T - lse[head][:, None]).exp_()
+                total[first : first + keys.shape[0]] += weights.sum(0)
+        return total

@@ -1,0 +1,114 @@
+"""`fot docs`: list, show and remove documents."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Annotated
+
+import typer
+
+from memory_service.cli.console import (
+    TARGET,
+    Ca,
+    Insecure,
+    Json,
+    Target,
+    TokenFile,
+    Yes,
+    connect,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    sure,
+    when,
+)
+from memory_service.errors import InvalidArgument
+from memory_service.types import DocumentInfo
+
+app = typer.Typer(no_args_is_help=True, help="List, show and remove documents.")
+
+Name = Annotated[str, typer.Argument(help="The memory's name.")]
+Where = Annotated[str | None, typer.Option(help="Only those whose metadata match, as in 'lang = py and year >= 2020'.")]
+
+
+@app.command("ls")
+def list_(
+    memory: Name,
+    where: Where = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 1000,
+    target: Target = TARGET,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """List documents by id."""
+    with connect(target, token_file, ca, insecure) as client:
+        found = list(islice(client.memory(memory).documents(where), limit + 1))
+    documents, more = found[:limit], len(found) > limit
+    if json:
+        print_json(documents)
+        return
+    rows = [(d.id, f"{d.tokens:,}", _metadata(d), when(d.committed_at)) for d in documents]
+    nothing = f"No documents of {memory} match {where}." if where else f"Memory {memory} has no documents yet."
+    print_table("", ("document", "tokens ", "metadata", "committed"), rows, nothing)
+    if more:
+        say(f"… and more; raise --limit above {limit}, or narrow with --where.")
+
+
+@app.command("show")
+def show(
+    memory: Name,
+    document: Annotated[str, typer.Argument(help="The document's id.")],
+    target: Target = TARGET,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """Show one document."""
+    with connect(target, token_file, ca, insecure) as client:
+        info = client.memory(memory).get(document)
+    if json:
+        print_json(info)
+        return
+    print_facts(
+        f"Document {info.id}",
+        [
+            ("tokens", f"{info.tokens:,}"),
+            ("generation", info.generation),
+            ("committed", when(info.committed_at)),
+            *sorted(info.metadata.items()),
+        ],
+    )
+
+
+@app.command("rm")
+def remove(
+    memory: Name,
+    documents: Annotated[list[str] | None, typer.Argument(help="Ids of documents.")] = None,
+    where: Where = None,
+    target: Target = TARGET,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    insecure: Insecure = False,
+    yes: Yes = False,
+) -> None:
+    """Remove documents, named by id or by their metadata."""
+    if bool(documents) == bool(where):
+        raise InvalidArgument("name documents, or give --where, but not both")
+    with connect(target, token_file, ca, insecure) as client:
+        opened = client.memory(memory)
+        doomed = documents or [document.id for document in opened.documents(where)]
+        if not doomed:
+            say(f"No documents of {memory} match {where}.")
+            return
+        sure(f"Remove {len(doomed):,} document{'s'[: len(doomed) > 1]} of memory {memory}?", yes)
+        for document in doomed:
+            opened.delete(document)
+    say(f"Removed {len(doomed):,} document{'s'[: len(doomed) > 1]} of memory {memory}.")
+
+
+def _metadata(document: DocumentInfo) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(document.metadata.items()))

@@ -1,0 +1,58 @@
+"""The command tree, and how every failure leaves it: one clear sentence on standard error.
+
+Exit codes: 0 it worked, 1 it did not, 2 the command line was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from memory_service.cli import bench, doctor, documents, memories, serve, tokens, verify
+from memory_service.cli.environment import check_environment
+from memory_service.cli.stats import stats
+from memory_service.errors import FotError
+
+app = typer.Typer(
+    name="fot",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="A durable memory of attention keys and values that answers attention.",
+)
+app.command("serve")(serve.serve)
+app.add_typer(memories.app, name="memory")
+app.add_typer(documents.app, name="docs")
+app.add_typer(tokens.app, name="token")
+app.command("stats")(stats)
+app.command("verify")(verify.verify)
+app.command("doctor")(doctor.doctor)
+app.command("settings")(serve.settings)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Run one command and exit."""
+    try:
+        check_environment()
+        app()
+    except FotError as error:
+        sys.stderr.write(f"fot: {error.message}\n")
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of a pipe had enough, as in `fot docs ls | head`; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.stderr.write(f"fot: {error.strerror or error}{f': {error.filename}' if error.filename else ''}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("FOT_DEBUG"):
+            raise
+        sys.stderr.write(f"fot: a defect of fot: {type(error).__name__}: {error} (FOT_DEBUG=1 tells more)\n")
+        sys.exit(1)

@@ -1,0 +1,23 @@
+"""The typed client: the same verbs and errors in process, in a directory and over gRPC."""
+
+from memory_service.client.async_client import AsyncClient
+from memory_service.client.async_memory import AsyncMemory
+from memory_service.client.async_session import AsyncSession
+from memory_service.client.client import Client
+from memory_service.client.memory import Memory
+from memory_service.client.places import Tls
+from memory_service.client.scopes import ALL_DOCUMENTS, ScopeLike, scope_of
+from memory_service.client.session import Session
+
+__all__ = [
+    "ALL_DOCUMENTS",
+    "AsyncClient",
+    "AsyncMemory",
+    "AsyncSession",
+    "Client",
+    "Memory",
+    "ScopeLike",
+    "Session",
+    "Tls",
+    "scope_of",
+]

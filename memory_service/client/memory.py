@@ -1,0 +1,307 @@
+"""One memory as its users hold it: in process, in a directory or over gRPC, with the same verbs and the same errors.
+
+    with Memory.open(":memory:", spec=spec) as memory:
+        memory.put("doc-1", keys, values, metadata={"lang": "py"})
+        answer = memory.attend(layer, queries, top_k=32, where="lang = py")
+
+Shape letters: L memory layers, H key/value heads, G query heads, T tokens, Q queries, D head_dim, K top_k.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from memory_service.client.arguments import (
+    DENSE,
+    TokenIds,
+    describe,
+    groups_of,
+    options_of,
+    put_of,
+    put_timeout_s,
+    request_id,
+    word,
+)
+from memory_service.client.connection import Connection
+from memory_service.client.places import TIMEOUT_S, Tls, open_place
+from memory_service.client.scopes import ScopeLike, scope_of
+from memory_service.client.session import Session
+from memory_service.errors import DeadlineExceeded
+from memory_service.filters import Where, filter_of
+from memory_service.settings import StoreOptions
+from memory_service.types import (
+    MAX_PAGE_SIZE,
+    Attended,
+    AttendGroup,
+    AttendOptions,
+    DocumentInfo,
+    DType,
+    Engine,
+    Fetched,
+    Fingerprint,
+    MemoryInfo,
+    MemorySpec,
+    Operation,
+    OperationKind,
+    OperationState,
+    Scalar,
+    SessionAppend,
+    Stats,
+    TopTokens,
+)
+from memory_service.verbs import (
+    AppendSessions,
+    Attend,
+    CancelOperation,
+    DeleteDocument,
+    Fetch,
+    GetDocument,
+    GetMemory,
+    GetOperation,
+    GetStats,
+    ListDocuments,
+    ListOperations,
+    OpenSession,
+    RenewSession,
+    Search,
+    StartOperation,
+)
+
+POLL_S = 0.2
+
+
+class Memory:
+    """One memory: documents to put, sessions to hold, attention over both."""
+
+    def __init__(self, connection: Connection, info: MemoryInfo, owner: bool = True):
+        """Made by `Memory.open` and `Client.memory`; `owner` closes the connection."""
+        self.connection = connection
+        self.name = info.name
+        self.spec = info.spec
+        self._owner = owner
+        self._sessions: WeakValueDictionary[str, Session] = WeakValueDictionary()
+
+    @classmethod
+    def open(
+        cls,
+        target: str | Path,
+        name: str = "default",
+        spec: MemorySpec | None = None,
+        *,
+        token: str | Path | None = None,
+        tls: Tls | None = None,
+        insecure: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        options: StoreOptions | None = None,
+    ) -> Memory:
+        """Open one memory of a place; with a spec it is created if there is none.
+
+        `target`, `token` and the rest are those of `Client.open`. Raises NotFound without a spec, WrongModel or
+        AlreadyExists if the memory exists with another one, Unavailable if nobody answers.
+        """
+        place = open_place(target, token, tls, insecure, options, create=spec is not None)
+        connection = Connection(place, timeout_s)
+        try:
+            return cls(connection, connection.find_memory(name, spec))
+        except BaseException:
+            connection.close()
+            raise
+
+    # --- documents ---
+
+    def put(
+        self,
+        document: str,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        token_ids: TokenIds = None,
+        metadata: Mapping[str, Scalar] | None = None,
+        replace: bool = False,
+        fingerprint: Fingerprint | None = None,
+        request: str | None = None,
+        timeout_s: float | None = None,
+    ) -> DocumentInfo:
+        """Store a document durably and all at once: keys and values [L, H, T, D], not rotated, token ids [T].
+
+        Tensors are rounded to the memory's dtype. `fingerprint` is the encoding model's, by default the memory's.
+        The same `request` id commits once, however often it is sent. Raises AlreadyExists if the id is taken and not
+        `replace`, WrongModel, InvalidArgument, QuotaExceeded. Costs one fsync, shared with other writers.
+        """
+        verb = put_of(self.name, self.spec, document, keys, values, token_ids, metadata, replace, fingerprint, request)
+        return self.connection.run(
+            verb, put_timeout_s(verb, self.connection.timeout_s) if timeout_s is None else timeout_s
+        )
+
+    def get(self, document: str) -> DocumentInfo:
+        """What is known of a document. Raises NotFound."""
+        return self.connection.run(GetDocument(self.name, document))
+
+    def documents(self, where: Where = None) -> Iterator[DocumentInfo]:
+        """Documents by id, those that match `where`; fetched a page at a time."""
+        narrowed = filter_of(where)
+        return self.connection.items(lambda page: ListDocuments(self.name, narrowed, MAX_PAGE_SIZE, page))
+
+    def delete(self, document: str, *, request: str | None = None) -> None:
+        """Delete a document; durable on return. Raises NotFound."""
+        self.connection.run(DeleteDocument(self.name, document, request or request_id()))
+
+    # --- sessions ---
+
+    def session(self, lease_s: float = 600.0, *, fingerprint: Fingerprint | None = None) -> Session:
+        """Open a session: private to its owner, in RAM, gone `lease_s` after its last use."""
+        session = Session(
+            self, self.connection.run(OpenSession(self.name, fingerprint or self.spec.fingerprint, lease_s))
+        )
+        self._sessions[session.id] = session
+        return session
+
+    def resume_session(self, session_id: str) -> Session:
+        """Take up a session opened elsewhere by the same owner. Raises SessionExpired."""
+        session = Session(self, self.connection.run(RenewSession(self.name, session_id)))
+        self._sessions[session.id] = session
+        return session
+
+    def append_sessions(self, appends: Sequence[SessionAppend], *, timeout_s: float | None = None) -> None:
+        """Append to several sessions in one round trip; `Session.piece` makes the parts."""
+        for info in self.connection.run(AppendSessions(self.name, tuple(appends)), timeout_s):
+            if (session := self._sessions.get(info.id)) is not None:
+                session.info = info
+
+    # --- attention ---
+
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        *,
+        scope: ScopeLike = None,
+        where: Where = None,
+        top_k: int = 0,
+        engine: str = Engine.AUTO,
+        scale: float | None = None,
+        logit_gap: float | None = None,
+        search: Mapping[str, float] | None = None,
+        tokens: bool = False,
+        attribution: bool = False,
+        measure: bool = False,
+        output_dtype: str = DType.F32,
+        timeout_s: float | None = None,
+    ) -> Attended:
+        """Attention of rotated queries [G, Q, D] over what `scope` and `where` leave visible, in one layer.
+
+        `top_k` 0 is dense: softmax over every visible key; else over the k that score highest. The other options are
+        those of `AttendOptions`, the scopes those of `scope_of`. Nothing visible gives lse -inf and output 0.
+        """
+        options = options_of(
+            top_k=top_k,
+            engine=engine,
+            scale=scale,
+            logit_gap=logit_gap,
+            search=search,
+            tokens=tokens,
+            attribution=attribution,
+            measure=measure,
+            output_dtype=output_dtype,
+        )
+        return self.attend_groups(layer, [(scope_of(scope, where), queries)], options, timeout_s=timeout_s)[0]
+
+    def attend_groups(
+        self,
+        layer: int,
+        groups: Iterable[AttendGroup | tuple[ScopeLike, Tensor]],
+        options: AttendOptions = DENSE,
+        *,
+        timeout_s: float | None = None,
+    ) -> tuple[Attended, ...]:
+        """Attention of several (scope, queries) in one round trip; answers in the same order."""
+        return self.connection.run(Attend(self.name, layer, groups_of(groups), options), timeout_s)
+
+    def search(
+        self,
+        layer: int,
+        queries: Tensor,
+        *,
+        top_k: int,
+        scope: ScopeLike = None,
+        where: Where = None,
+        engine: str = Engine.AUTO,
+        search: Mapping[str, float] | None = None,
+        timeout_s: float | None = None,
+    ) -> TopTokens:
+        """The tokens whose keys score highest against queries [G, Q, D], best first, without their values."""
+        options = options_of(top_k=top_k, engine=engine, search=search)
+        return self.search_groups(layer, [(scope_of(scope, where), queries)], options, timeout_s=timeout_s)[0]
+
+    def search_groups(
+        self,
+        layer: int,
+        groups: Iterable[AttendGroup | tuple[ScopeLike, Tensor]],
+        options: AttendOptions,
+        *,
+        timeout_s: float | None = None,
+    ) -> tuple[TopTokens, ...]:
+        """Search for several (scope, queries) in one round trip; answers in the same order."""
+        return self.connection.run(Search(self.name, layer, groups_of(groups), options), timeout_s)
+
+    def fetch(
+        self, source: str, layer: int, first_token: int = 0, tokens: int = 1, *, timeout_s: float | None = None
+    ) -> Fetched:
+        """Raw keys and values of consecutive tokens of a document, or of a session written "session:<id>"."""
+        return self.connection.run(Fetch(self.name, source, layer, first_token, tokens), timeout_s)
+
+    # --- the memory itself ---
+
+    def info(self) -> MemoryInfo:
+        """Name, spec, documents and tokens at this moment."""
+        return self.connection.run(GetMemory(self.name))
+
+    def stats(self) -> Stats:
+        """Figures of storage, residency, index and sessions."""
+        return self.connection.run(GetStats(self.name))
+
+    def start(self, kind: str) -> Operation:
+        """Start "index", "compact" or "verify" in the background; if it runs already, that one is returned."""
+        return self.connection.run(StartOperation(self.name, word(OperationKind, kind)))
+
+    def operation(self, operation_id: str) -> Operation:
+        """How far an operation has come."""
+        return self.connection.run(GetOperation(operation_id))
+
+    def operations(self) -> Iterator[Operation]:
+        """This memory's operations, newest first."""
+        return self.connection.items(lambda page: ListOperations(self.name, MAX_PAGE_SIZE, page))
+
+    def cancel(self, operation: Operation) -> Operation:
+        """Ask an operation to stop."""
+        return self.connection.run(CancelOperation(operation.id))
+
+    def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
+        """Wait until an operation has ended, well or not; look at its `state`. Raises DeadlineExceeded."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while operation.state is OperationState.RUNNING:
+            if until is not None and time.monotonic() > until:
+                raise DeadlineExceeded(f"the {operation.kind} of memory {operation.memory!r} still runs")
+            time.sleep(POLL_S)
+            operation = self.operation(operation.id)
+        return operation
+
+    def close(self) -> None:
+        """Let go of the connection or of the directory, if this memory was opened by itself. Harmless twice."""
+        if self._owner:
+            self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} at {self.connection.target}: {describe(self.spec)}>"

@@ -1,0 +1,78 @@
+"""A document's bytes as they are sent: parts of whole tokens, cut into checksummed chunks.
+
+A part of T tokens is keys [L, H, T, D] ‖ values [L, H, T, D] ‖ token ids [T] uint32, little-endian.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from memory_service.errors import InvalidArgument
+from memory_service.types import Chunk, Document, MemorySpec, Upload
+
+
+def payload_bytes(document: Document) -> int:
+    """Bytes of keys, values and token ids."""
+    return document.keys.nbytes + document.values.nbytes + 4 * document.tokens
+
+
+def missing_chunks(document: Document, upload: Upload) -> Iterator[Chunk]:
+    """The chunks the service still misses, in order. Holds one part at a time, copied if the document has several."""
+    present, planes = -1, list[memoryview]()
+    for part, first_chunk, chunks in upload.missing:
+        if part != present:
+            present, planes = part, _planes(document, part * upload.part_tokens, upload.part_tokens)
+        for number in range(first_chunk, first_chunk + chunks):
+            data = _slice(planes, number * upload.chunk_bytes, upload.chunk_bytes)
+            yield Chunk(part, number * upload.chunk_bytes, zlib.crc32(data), data)
+
+
+def check_shape(document: Document, spec: MemorySpec) -> None:
+    """Raise InvalidArgument unless keys and values are [L, H, T, D] in the spec's dtype, and token ids [T]."""
+    tokens = document.keys.shape[2] if document.keys.ndim == 4 else 0
+    expected = (len(spec.layers), spec.kv_heads, tokens, spec.head_dim)
+    for name, tensor in (("keys", document.keys), ("values", document.values)):
+        if tuple(tensor.shape) != expected or not tokens:
+            raise InvalidArgument(
+                f"{name} must be [layers, kv heads, tokens, head_dim] = "
+                f"[{expected[0]}, {expected[1]}, {tokens or 'T'}, {expected[3]}], got {list(tensor.shape)}"
+            )
+        if tensor.dtype != spec.dtype.torch:
+            raise InvalidArgument(f"{name} must be {spec.dtype}, as the memory stores them, got {tensor.dtype}")
+    if document.token_ids is not None and tuple(document.token_ids.shape) != (tokens,):
+        raise InvalidArgument(f"token_ids must be [{tokens}], one a token, got {list(document.token_ids.shape)}")
+
+
+def check_token_ids(token_ids: Tensor | None) -> None:
+    """Raise InvalidArgument unless every token id fits the 32 bits it is stored in."""
+    if token_ids is not None and token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < 2**32:
+        raise InvalidArgument("token_ids must be 0 to 2^32 - 1")
+
+
+def _planes(document: Document, first_token: int, tokens: int) -> list[memoryview]:
+    run = slice(first_token, first_token + tokens)
+    keys, values = document.keys[:, :, run], document.values[:, :, run]
+    if document.token_ids is None:
+        ids = torch.zeros(keys.shape[2], dtype=torch.int32)
+    else:
+        ids = document.token_ids[run].to(torch.int64).to(torch.uint32)
+    return [_bytes(keys), _bytes(values), _bytes(ids)]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _slice(planes: list[memoryview], offset: int, length: int) -> bytes:
+    """Bytes `offset` to `offset + length` of the planes laid end to end; fewer at their end."""
+    found = []
+    for plane in planes:
+        if offset < len(plane) and length > 0:
+            found.append(plane[offset : offset + length])
+            length -= len(found[-1])
+        offset = max(0, offset - len(plane))
+    return found[0].tobytes() if len(found) == 1 else b"".join(found)

@@ -1,0 +1,199 @@
+"""A service elsewhere, asked over gRPC: the two places that take the steps of `flows`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from memory_service.client.flows import Call, Connect, Flow, Send, Sleep, Step, flow_of
+from memory_service.client.payload import missing_chunks
+from memory_service.client.places import Address, Tls, closed
+from memory_service.codec import RPCS, UPLOAD_CHUNKS, Rpc, encode_chunk
+from memory_service.errors import FotError, InvalidArgument, Unavailable
+from memory_service.verbs import Verb
+from memory_service.wire import read_error
+
+Answer = TypeVar("Answer")
+
+MESSAGE_BYTES = 8 << 20
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    # A service that restarts is back within seconds; gRPC's own pauses grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Notice a peer that vanished without a word.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Two clients with different tokens must not share a connection that one of them closes.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Retries are decided here, by verb.
+    ("grpc.enable_retries", 0),
+]
+
+
+class RemotePlace:
+    """A service, asked from any number of threads over one connection."""
+
+    def __init__(self, address: Address):
+        self.target = address.target
+        self._metadata = _metadata(address)
+        options = _options(address)
+        if address.tls is None:
+            self._channel = grpc.insecure_channel(address.authority, options)
+        else:
+            self._channel = grpc.secure_channel(address.authority, _credentials(address.tls), options)
+        # Bytes in, bytes out: the codec makes and reads them.
+        self._methods = {verb: self._method(rpc) for verb, rpc in RPCS.items()}
+        self._upload = self._channel.stream_unary(UPLOAD_CHUNKS, None, None)
+        self._open = True
+
+    def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
+        """Take the steps of the verb's flow, blocking."""
+        flow: Flow[Answer] = flow_of(verb, timeout_s)
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    answer = self._take(step)
+                except FotError as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(answer)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # a flow's value is its answer
+
+    def close(self) -> None:
+        """Close the connection. Harmless twice."""
+        self._open = False
+        self._channel.close()
+
+    def _take(self, step: Step) -> Any:
+        if not self._open:
+            raise closed(self.target)
+        try:
+            match step:
+                case Call(verb, timeout_s):
+                    rpc, method = RPCS[type(verb)], self._methods[type(verb)]
+                    answer = method(rpc.encode_request(verb), timeout=timeout_s, metadata=self._metadata)
+                    return rpc.decode_pieces(answer) if rpc.streamed else rpc.decode_answer(answer)
+                case Send(timeout_s=timeout_s):
+                    self._upload(_chunks(step), timeout=timeout_s, metadata=self._metadata)
+                case Connect(timeout_s):
+                    grpc.channel_ready_future(self._channel).result(timeout_s)
+                case Sleep(seconds):
+                    time.sleep(seconds)
+        except grpc.FutureTimeoutError:
+            raise unreachable(self.target) from None
+        except grpc.RpcError as error:
+            raise read_error(error) from None
+
+    def _method(self, rpc: Rpc) -> Any:
+        return (self._channel.unary_stream if rpc.streamed else self._channel.unary_unary)(rpc.path, None, None)
+
+
+class AsyncRemotePlace:
+    """A service, asked on one event loop over one connection."""
+
+    def __init__(self, address: Address):
+        self.target = address.target
+        self._metadata = _metadata(address)
+        options = _options(address)
+        if address.tls is None:
+            self._channel = aio.insecure_channel(address.authority, options)
+        else:
+            self._channel = aio.secure_channel(address.authority, _credentials(address.tls), options)
+        self._methods = {verb: self._method(rpc) for verb, rpc in RPCS.items()}
+        self._upload = self._channel.stream_unary(UPLOAD_CHUNKS, None, None)
+        self._open = True
+
+    async def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
+        """Take the steps of the verb's flow. Cancelling the task cancels the call in the service too."""
+        flow: Flow[Answer] = flow_of(verb, timeout_s)
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    answer = await self._take(step)
+                except FotError as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(answer)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # a flow's value is its answer
+
+    async def close(self) -> None:
+        """Close the connection. Harmless twice."""
+        self._open = False
+        await self._channel.close(None)
+
+    async def _take(self, step: Step) -> Any:
+        if not self._open:
+            raise closed(self.target)
+        try:
+            match step:
+                case Call(verb, timeout_s):
+                    rpc, method = RPCS[type(verb)], self._methods[type(verb)]
+                    call = method(rpc.encode_request(verb), timeout=timeout_s, metadata=self._metadata)
+                    if rpc.streamed:
+                        return rpc.decode_pieces([piece async for piece in call])
+                    return rpc.decode_answer(await call)
+                case Send(timeout_s=timeout_s):
+                    await self._upload(_off_loop(_chunks(step)), timeout=timeout_s, metadata=self._metadata)
+                case Connect(timeout_s):
+                    await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+                case Sleep(seconds):
+                    await asyncio.sleep(seconds)
+        except TimeoutError:
+            raise unreachable(self.target) from None
+        except grpc.RpcError as error:
+            raise read_error(error) from None
+
+    def _method(self, rpc: Rpc) -> Any:
+        return (self._channel.unary_stream if rpc.streamed else self._channel.unary_unary)(rpc.path, None, None)
+
+
+def unreachable(target: str) -> Unavailable:
+    """The error of a service that nobody could connect to."""
+    return Unavailable(f"the service at {target} cannot be reached; is it running there?")
+
+
+def _chunks(step: Send) -> Iterator[bytes]:
+    """The messages of an upload stream; only the first names the upload."""
+    memory, upload = step.memory, step.upload.id
+    for chunk in missing_chunks(step.document, step.upload):
+        yield encode_chunk(memory, upload, chunk)
+        memory = upload = ""
+
+
+async def _off_loop(messages: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Make each message in a thread: checksums and copies would hold up the loop."""
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message
+
+
+def _metadata(address: Address) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {address.token}"),) if address.token else ()
+
+
+def _options(address: Address) -> list[tuple[str, Any]]:
+    renamed = address.tls.server_name if address.tls else None
+    return [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", renamed)] if renamed else CHANNEL_OPTIONS
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate))
+
+
+def _read(path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidArgument(f"the TLS file {path} cannot be read: {error.strerror}") from None

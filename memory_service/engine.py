@@ -1,0 +1,328 @@
+"""Answers Attend: turns scopes into chunks, feeds them to the exact engine or to an index, and writes the answers.
+
+H kv heads, G query heads, R rows of a kv head (its query heads times queries), Q queries, D head_dim, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memory_service import attention
+from memory_service.attention import Dense, TopK
+from memory_service.errors import FailedPrecondition, InvalidArgument
+from memory_service.indexed import candidates, covered, tail
+from memory_service.live_memory import LiveDocument, LiveMemory, Plan
+from memory_service.provenance import Ledger, Provenance, session_source, top_tokens
+from memory_service.scan import Arena, Chunk
+from memory_service.sessions import Session
+from memory_service.slabs import largest_norms
+from memory_service.types import (
+    MAX_GROUPS,
+    MAX_QUERIES,
+    Attended,
+    AttendGroup,
+    AttendOptions,
+    Attribution,
+    Cancel,
+    Coverage,
+    Engine,
+    Filter,
+    Measured,
+    MemorySpec,
+    Partial,
+    TopTokens,
+)
+
+_COLD_BYTES = 32 << 20  # Keys and values of cold documents looked at together.
+_WORTH_INDEXING = 50_000  # Tokens in scope below which `AUTO` scans exactly.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    """One group's share of a family's query rows."""
+
+    number: int
+    group: AttendGroup
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Family:
+    """Groups that see the same documents: their queries go over them together."""
+
+    plan: Plan
+    members: tuple[_Member, ...]
+    queries: Tensor  # [H, R of all members, D], scaled
+
+
+def check_groups(spec: MemorySpec, groups: Sequence[AttendGroup], options: AttendOptions) -> None:
+    """Raise InvalidArgument unless every group's queries fit the memory."""
+    options.check()
+    if not 1 <= len(groups) <= MAX_GROUPS:
+        raise InvalidArgument(f"a call needs 1 to {MAX_GROUPS} groups, got {len(groups)}")
+    for group in groups:
+        shape = tuple(group.queries.shape)
+        if len(shape) != 3 or shape[2] != spec.head_dim or shape[0] < 1 or shape[0] % spec.kv_heads or shape[1] < 1:
+            raise InvalidArgument(
+                f"queries must be [query heads (a multiple of {spec.kv_heads}), queries ≥ 1, {spec.head_dim}], "
+                f"got {list(shape)}"
+            )
+        if shape[0] * shape[1] > MAX_QUERIES:
+            raise InvalidArgument(f"{shape[0]} heads × {shape[1]} queries exceed {MAX_QUERIES} rows; split the call")
+        if not group.queries.is_floating_point() or not torch.isfinite(group.queries).all():
+            raise InvalidArgument("queries must be floating point and hold no NaN or infinity")
+
+
+def attend(
+    memory: LiveMemory,
+    sessions: Mapping[str, Session],
+    layer: int,
+    groups: Sequence[AttendGroup],
+    options: AttendOptions,
+    arena: Arena,
+    device: torch.device,
+    cancel: Cancel,
+) -> tuple[Attended, ...]:
+    """Attention of checked groups at a layer (by index). Call it inside `memory.reading()`."""
+    answers: list[Attended | None] = [None] * len(groups)
+    for family in _families(memory, groups, options, device):
+        call = _Call(memory, sessions, layer, family, options, arena, cancel)
+        for member, answer in call.answers():
+            answers[member.number] = answer
+    return tuple(answer for answer in answers if answer is not None)
+
+
+def _families(
+    memory: LiveMemory, groups: Sequence[AttendGroup], options: AttendOptions, device: torch.device
+) -> Iterator[_Family]:
+    spec = memory.spec
+    scale = spec.head_dim**-0.5 if options.scale is None else options.scale
+    alike: dict[tuple[tuple[str, ...] | None, Filter | None], list[tuple[int, AttendGroup]]] = {}
+    for number, group in enumerate(groups):
+        alike.setdefault((group.scope.documents, group.scope.where), []).append((number, group))
+    for (documents, where), numbered in alike.items():
+        members: list[_Member] = []
+        queries: list[Tensor] = []
+        done = 0
+        for number, group in numbered:
+            rows = attention.group_heads(group.queries.to(device, torch.float32) * scale, spec.kv_heads)
+            members.append(_Member(number, group, slice(done, done + rows.shape[1])))
+            queries.append(rows)
+            done += rows.shape[1]
+        together = torch.cat(queries, dim=1) if len(queries) > 1 else queries[0]
+        yield _Family(memory.plan(documents, where), tuple(members), together)
+
+
+class _Call:
+    """One family's way through the engine."""
+
+    def __init__(
+        self,
+        memory: LiveMemory,
+        sessions: Mapping[str, Session],
+        layer: int,
+        family: _Family,
+        options: AttendOptions,
+        arena: Arena,
+        cancel: Cancel,
+    ):
+        self.memory, self.sessions, self.layer, self.family = memory, sessions, layer, family
+        self.options, self.arena, self.cancel = options, arena, cancel
+        self.provenance = Provenance()
+
+    def answers(self) -> Iterator[tuple[_Member, Attended]]:
+        """The answer of every member."""
+        if not self.options.top_k:
+            dense = Dense(self.family.queries, self.arena, self.cancel)
+            self._feed(dense, self.family.plan)
+            partial = dense.partial()
+            for member in self.family.members:
+                yield member, self._dense_answer(dense.narrow(member.rows), member, _rows(partial, member.rows))
+            return
+        plan = self.family.plan
+        best = TopK(self.family.queries, self.options.top_k, self.arena, self.cancel)
+        name = self._choose(plan)
+        if name == "exact":
+            self._feed(best, plan)
+        else:
+            for unit in plan.units:
+                for chunk, found in candidates(
+                    self.memory, plan, unit, self.layer, self.family.queries, self.options, self.provenance
+                ):
+                    self.cancel.check()
+                    best.add_candidates(chunk, found)
+            rest = tail(self.memory, plan)
+            self._feed(best, rest)
+            name += "+exact" if rest.tokens or any(m.group.scope.sessions for m in self.family.members) else ""
+        partial = best.partial(self.options.logit_gap)
+        exact = self._exact() if self.options.measure else None
+        for member in self.family.members:
+            yield member, self._best_answer(best.narrow(member.rows), member, _rows(partial, member.rows), name, exact)
+
+    def _choose(self, plan: Plan) -> str:
+        """Who picks the keys: "exact", or "index:" and the factories."""
+        if self.options.engine is Engine.EXACT:
+            return "exact"
+        inside = covered(plan)
+        if self.options.engine is Engine.INDEX and not inside and plan.tokens:
+            raise FailedPrecondition(
+                "no index covers any document of the scope; start the operation INDEX and wait for it, "
+                "or ask for engine EXACT or AUTO"
+            )
+        if self.options.engine is Engine.AUTO and inside < _WORTH_INDEXING:
+            return "exact"
+        if not inside:
+            return "exact"
+        return "index:" + ",".join(dict.fromkeys(unit.factory for unit in plan.units))
+
+    def _exact(self) -> TopK:
+        exact = TopK(self.family.queries, self.options.top_k, self.arena, self.cancel)
+        self._feed(exact, self.family.plan)
+        exact.partial(self.options.logit_gap)
+        return exact
+
+    # --- Feeding ----------------------------------------------------------------------------------------------------
+
+    def _feed(self, engine: TopK | Dense, plan: Plan) -> None:
+        for chunk in self._document_chunks(plan):
+            engine.add(chunk)
+        for member in self.family.members:
+            if member.group.scope.sessions:
+                part = engine.narrow(member.rows)
+                for chunk in self._session_chunks(member):
+                    part.add(chunk)
+
+    def _document_chunks(self, plan: Plan) -> Iterator[Chunk]:
+        for slab, runs in plan.parts:
+            self.cancel.check()
+            yield slab.chunk(self.layer, runs, self.provenance.base(slab.locate))
+        yield from self._cold_chunks(plan.cold)
+
+    def _session_chunks(self, member: _Member) -> Iterator[Chunk]:
+        for scope in member.group.scope.sessions:
+            session = self.sessions[scope.id]
+            for slab, runs, first in session.parts(self.layer, scope.until):
+                names = [session_source(session.id)]
+
+                def locate(
+                    rows: np.ndarray, first: int = first, names: list[str] = names
+                ) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+                    return np.zeros(len(rows), np.int64), rows + first, names
+
+                yield slab.chunk(self.layer, runs, self.provenance.base(locate))
+
+    def _cold_chunks(self, documents: Sequence[LiveDocument]) -> Iterator[Chunk]:
+        """Cold documents from disk, many small ones together; each chunk reuses the memory of the one before."""
+        if not documents:
+            return
+        spec = self.memory.spec
+        per_token = 2 * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+        capacity = max(1, _COLD_BYTES // per_token)
+        shape = (2, spec.kv_heads, min(capacity, sum(d.row.tokens for d in documents)), spec.head_dim)
+        both = self.arena.take("cold", shape, spec.dtype.torch, torch.device("cpu"))
+        starts: list[int] = []
+        names: list[str] = []
+        offsets: list[int] = []
+        filled = 0
+        for document in documents:
+            for first, keys, values in self.memory.read_cold(document, self.layer, 0, document.row.tokens):
+                self.cancel.check()
+                done, count = 0, keys.shape[1]
+                while done < count:
+                    size = min(count - done, shape[2] - filled)
+                    both[0, :, filled : filled + size] = keys[:, done : done + size]
+                    both[1, :, filled : filled + size] = values[:, done : done + size]
+                    starts.append(filled)
+                    names.append(document.row.id)
+                    offsets.append(first + done)
+                    done, filled = done + size, filled + size
+                    if filled == shape[2]:
+                        yield self._cold_chunk(both, filled, starts, names, offsets)
+                        starts, names, offsets, filled = [], [], [], 0
+        if filled:
+            yield self._cold_chunk(both, filled, starts, names, offsets)
+
+    def _cold_chunk(self, both: Tensor, filled: int, starts: list[int], names: list[str], offsets: list[int]) -> Chunk:
+        begin, token = np.array(starts), np.array(offsets)
+
+        def locate(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+            place = np.searchsorted(begin, rows, side="right") - 1
+            return place, rows - begin[place] + token[place], names
+
+        device = self.family.queries.device
+        keys, values = both[0].to(device), both[1].to(device)
+        norms = largest_norms(both[0][:, :filled]).to(device)
+        return Chunk(keys, values, ((0, filled),), norms, self.provenance.base(locate))
+
+    # --- Answers ----------------------------------------------------------------------------------------------------
+
+    def _dense_answer(self, dense: Dense, member: _Member, partial: Partial) -> Attended:
+        attribution = None
+        if self.options.attribution:
+            ledger = Ledger(self.provenance)
+            for chunks in (self._document_chunks(self.family.plan), self._session_chunks(member)):
+                for chunk in chunks:
+                    rows = chunk.rows(torch.arange(chunk.size, device=dense.queries.device))
+                    ledger.add(rows + chunk.base, dense.mass(chunk, partial.lse))
+            attribution = ledger.attribution()
+        return self._answer(member, partial, "dense", None, attribution)
+
+    def _best_answer(self, best: TopK, member: _Member, partial: Partial, name: str, exact: TopK | None) -> Attended:
+        heads = member.group.queries.shape[0]
+        tokens = attribution = measured = None
+        if self.options.tokens:
+            tokens = top_tokens(self.provenance, best.scores, best.rows, partial.lse, heads)
+        if self.options.attribution:
+            ledger = Ledger(self.provenance)
+            lse = partial.lse.masked_fill(partial.lse == -torch.inf, 0)
+            ledger.add(best.rows, (best.scores - lse[..., None]).exp())
+            attribution = ledger.attribution()
+        if exact is not None:
+            measured = _measure(self.provenance, best, exact.narrow(member.rows))
+        return self._answer(member, partial, name, tokens, attribution, measured)
+
+    def _answer(
+        self,
+        member: _Member,
+        partial: Partial,
+        name: str,
+        top: TopTokens | None = None,
+        attribution: tuple[Attribution, ...] | None = None,
+        measured: Measured | None = None,
+    ) -> Attended:
+        heads, count, dim = member.group.queries.shape
+        output = partial.output.reshape(heads, count, dim).to(self.options.output_dtype.torch).cpu()
+        lse = partial.lse.reshape(heads, count).cpu()
+        tokens = self.family.plan.tokens
+        for scope in member.group.scope.sessions:
+            length = self.sessions[scope.id].tokens[self.layer]
+            tokens += length if scope.until is None else min(length, scope.until)
+        return Attended(output, lse, Coverage(tokens, tokens), name, top, attribution, measured)
+
+
+def _rows(partial: Partial, rows: slice) -> Partial:
+    return Partial(partial.output[:, rows], partial.lse[:, rows])
+
+
+def _measure(provenance: Provenance, best: TopK, exact: TopK) -> Measured:
+    """Share of the exact top k that was found, and of its softmax mass; 1 where there was nothing to find."""
+    names: dict[str, int] = {}
+    wanted, found = (_identities(provenance, engine.rows, names) for engine in (exact, best))
+    hits = total = 0
+    for want, have in zip(wanted, found, strict=True):
+        keys = set(want[want >= 0].tolist())
+        hits += len(keys & set(have[have >= 0].tolist()))
+        total += len(keys)
+    mass = (best.scores.logsumexp(2) - exact.scores.logsumexp(2)).exp().nan_to_num(1.0)
+    return Measured(hits / total if total else 1.0, float(mass.mean()))
+
+
+def _identities(provenance: Provenance, rows: Tensor, names: dict[str, int]) -> np.ndarray:
+    """One number a token, the same whichever part of the scope it was found in: [H·R, K]."""
+    source, offset, _ = provenance.sources(rows.cpu().numpy().reshape(-1, rows.shape[2]), names)
+    return np.where(source >= 0, (source << 40) + offset, -1)

@@ -1,0 +1,91 @@
+"""From rows back to documents: which source and token stands behind a row the engine found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memory_service.types import Attribution, TopTokens
+
+# Rows in, out: index into the names, token offset in that source, names.
+Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, Sequence[str]]]
+
+_SHIFT = 40  # Rows of one part stay below 2**40.
+
+
+def session_source(session_id: str) -> str:
+    """How a session is named among documents."""
+    return f"session:{session_id}"
+
+
+class Provenance:
+    """Gives every part of a scope a base to add to its rows, and turns such rows back into sources."""
+
+    def __init__(self) -> None:
+        self._locate: list[Locate] = []
+
+    def base(self, locate: Locate) -> int:
+        """A base no other part has."""
+        self._locate.append(locate)
+        return (len(self._locate) - 1) << _SHIFT
+
+    def sources(
+        self, rows: np.ndarray, names: dict[str, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """For rows with their base, -1 for none: (source index or -1, token offset or -1, names).
+
+        The same `names` given to several calls makes their source indexes comparable.
+        """
+        source = np.full(rows.shape, -1, np.int64)
+        offset = np.full(rows.shape, -1, np.int64)
+        names = {} if names is None else names
+        part = rows >> _SHIFT
+        for number in np.unique(part[rows >= 0]):
+            here = (part == number) & (rows >= 0)
+            place, token, known = self._locate[number](rows[here] - (int(number) << _SHIFT))
+            used, inverse = np.unique(place, return_inverse=True)
+            index = np.array([names.setdefault(known[one], len(names)) for one in used], np.int64)
+            source[here] = index[inverse]
+            offset[here] = token
+        return source, offset, list(names)
+
+
+def top_tokens(provenance: Provenance, scores: Tensor, rows: Tensor, lse: Tensor, heads: int) -> TopTokens:
+    """The kept keys of [H, R, K], best first, as [G, Q, K] of `heads` query heads."""
+    order = scores.argsort(2, descending=True)
+    scores = scores.gather(2, order)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    source, offset, names = provenance.sources(rows.gather(2, order).cpu().numpy())
+    shape = (heads, -1, scores.shape[2])
+    return TopTokens(
+        tuple(names),
+        torch.from_numpy(source.astype(np.int32)).view(shape),
+        torch.from_numpy(offset).view(shape),
+        scores.cpu().reshape(shape),
+        weights.cpu().reshape(shape),
+    )
+
+
+class Ledger:
+    """Adds up softmax mass by source."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        self._provenance = provenance
+        self._mass: dict[str, float] = {}
+
+    def add(self, rows: Tensor, mass: Tensor) -> None:
+        """Credit the sources of rows (with their base; -1 for none) of any shape with the mass of each."""
+        source, _, names = self._provenance.sources(rows.cpu().numpy().ravel())
+        weights = mass.double().cpu().numpy().ravel()
+        sums = np.bincount(source[source >= 0], weights[source >= 0], minlength=len(names))
+        for name, value in zip(names, sums, strict=True):
+            self._mass[name] = self._mass.get(name, 0.0) + float(value)
+
+    def attribution(self, limit: int = 1000) -> tuple[Attribution, ...]:
+        """Mean mass by source, the largest first. Sums to 1 (unless there was nothing, or more than `limit`)."""
+        total = sum(self._mass.values())
+        ranked = sorted(self._mass.items(), key=lambda item: -item[1])[:limit]
+        return tuple(Attribution(source, mass / total) for source, mass in ranked if mass > 0)

@@ -1,0 +1,264 @@
+"""The process's face: listen, TLS, health, reflection, metrics, and a stop that lets calls finish."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from memory_service.auth import PageTokens, TokenFile
+from memory_service.codec import SERVICE
+from memory_service.errors import FailedPrecondition, InvalidArgument
+from memory_service.interceptors import Guard
+from memory_service.logs import event
+from memory_service.metrics import Metrics, page
+from memory_service.service import AnyStore, Service
+from memory_service.settings import ServerSettings
+
+READING = "read"  # Health service that stays SERVING while a read-only store still answers.
+_HEALTH_PERIOD_S = 0.25
+_UNIX = "unix:"
+
+
+class ServedStore(AnyStore, Protocol):
+    """A store that also says how it is."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def read_only_reason(self) -> str | None: ...
+
+
+class Server:
+    """A gRPC server over a store. It does not own the store: close that after `stop`."""
+
+    def __init__(self, store: ServedStore, settings: ServerSettings):
+        check_exposure(settings)
+        self.addresses: tuple[str, ...] = ()  # Where it listens, with the ports that were free.
+        self.metrics_port: int | None = None
+        self._store = store
+        self._settings = settings
+        self._metrics = Metrics()
+        self._metrics.watch_store(lambda: store.ready, lambda: store.read_only_reason is None)
+        tokens = TokenFile(settings.tokens) if settings.tokens else None
+        key = tokens.page_key if tokens else secrets.token_bytes(32)
+        self._service = Service(store, settings, PageTokens(key), self._metrics)
+        self._guard = Guard(tokens, settings.calls, self._metrics)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub lacks it
+        self._closing = ExitStack()
+
+    async def start(self) -> None:
+        """Listen. Raises FailedPrecondition if an address is taken."""
+        self._server = aio.server(interceptors=[self._guard], options=_options(self._settings.message_bytes))
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._settings.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self.addresses = tuple(self._bind(one.strip()) for one in self._settings.listen.split(","))
+        if self._settings.metrics:
+            host, port = split_address(self._settings.metrics)
+            self.metrics_port = self._closing.enter_context(page(self._metrics, host, port))
+        await self._tell_health()
+        await self._server.start()
+        self._watching = asyncio.create_task(self._watch_health())
+        event(logging.INFO, "serving", addresses=", ".join(self.addresses), metrics=self._settings.metrics)
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, refuse new calls, let those under way finish for `drain_grace_s`, then cut them off."""
+        event(logging.INFO, "stopping", calls=self._guard.calls)
+        self._watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watching
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(self._settings.drain_delay_s)
+        self._guard.draining = True
+        await self._server.stop(self._settings.drain_grace_s)
+        await asyncio.to_thread(self._service.close)
+        self._closing.close()
+        event(logging.INFO, "stopped")
+
+    def _bind(self, address: str) -> str:
+        if self._settings.tls_certificate and not address.startswith(_UNIX):
+            bind: Callable[[str], int] = self._bind_tls
+        else:
+            bind = self._server.add_insecure_port
+        try:
+            port = bind(address)
+        except RuntimeError as error:
+            raise FailedPrecondition(f"cannot listen on {address}; is another service running there?") from error
+        if address.startswith(_UNIX):
+            Path(address.removeprefix(_UNIX)).chmod(0o600)
+            return address
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    def _bind_tls(self, address: str) -> int:
+        return self._server.add_secure_port(address, _credentials(self._settings))
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+            await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        ready = self._store.ready
+        writable = ready and self._store.read_only_reason is None
+        for name, well in (("", writable), (SERVICE, writable), (READING, ready)):
+            answer = health_pb2.HealthCheckResponse
+            await self._health.set(name, answer.SERVING if well else answer.NOT_SERVING)
+
+
+async def serve(store: ServedStore, settings: ServerSettings, started: Callable[[Server], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then let calls under way finish. `started` is told once it listens."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = Server(store, settings)
+    await server.start()
+    try:
+        if started:
+            started(server)
+        await stopping.wait()
+    finally:
+        await server.stop()
+
+
+@contextmanager
+def running(store: ServedStore, settings: ServerSettings) -> Iterator[str]:
+    """A server in a thread of this process while the block runs; gives its address, as "host:port" or "unix:/path"."""
+    started: Future[str] = Future()
+    control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    async def main() -> None:
+        try:
+            server = Server(store, settings)
+            await server.start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        stopping = asyncio.Event()
+        control.append((asyncio.get_running_loop(), stopping))
+        started.set_result(server.addresses[0])
+        await stopping.wait()
+        await server.stop()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name="fot-server")
+    thread.start()
+    try:
+        yield started.result()
+    finally:
+        for loop, stopping in control:
+            loop.call_soon_threadsafe(stopping.set)
+        thread.join()
+
+
+# --- Addresses and exposure -----------------------------------------------------------------------------------------
+
+
+def check_exposure(settings: ServerSettings) -> None:
+    """Raise InvalidArgument if other machines could come in without TLS and tokens, unless that is spelt out."""
+    if bool(settings.tls_certificate) != bool(settings.tls_key):
+        raise InvalidArgument("TLS needs both a certificate and its key")
+    if settings.tls_client_ca and not settings.tls_certificate:
+        raise InvalidArgument("a client CA needs TLS: give a certificate and its key too")
+    for address in (one.strip() for one in settings.listen.split(",")):
+        if is_local(address) or settings.insecure:
+            continue
+        missing = [
+            told
+            for given, told in (
+                (settings.tls_certificate, "TLS (--tls-certificate and --tls-key)"),
+                (settings.tokens, "tokens (--tokens, made with `fot token create`)"),
+            )
+            if not given
+        ]
+        if missing:
+            raise InvalidArgument(
+                f"{address} can be reached from other machines, and documents can be read out of keys and values: "
+                f"add {' and '.join(missing)}, listen on 127.0.0.1, or say --insecure if the network is trusted"
+            )
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if address.startswith(_UNIX):
+        return True
+    host, _ = split_address(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[ipv6]:port". Raises InvalidArgument."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 0xFFFF:
+        raise InvalidArgument(f"an address is 'host:port' or 'unix:/path', got {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def _options(message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", message_bytes),
+        # Two services on one port would each get some of the calls.
+        ("grpc.so_reuseport", 0),
+        # Clients ping every 60 s; by default gRPC would hang up on them.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ]
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials:
+    """TLS that takes up changed certificate files at the next connection."""
+    assert settings.tls_certificate is not None
+    assert settings.tls_key is not None
+    files = tuple(path for path in (settings.tls_certificate, settings.tls_key, settings.tls_client_ca) if path)
+    seen = _contents(files)
+
+    def configuration(contents: tuple[bytes, ...]) -> grpc.ServerCertificateConfiguration:
+        certificate, key, *client_ca = contents
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], *client_ca)
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal seen
+        try:
+            contents = _contents(files)
+        except InvalidArgument as error:
+            event(logging.ERROR, "keeping the old TLS certificate", error)
+            return None
+        if contents == seen:
+            return None
+        seen = contents
+        event(logging.INFO, "the TLS certificate changed")
+        return configuration(contents)
+
+    fetch: Any = changed  # None means unchanged, which its type does not say.
+    return grpc.dynamic_ssl_server_credentials(configuration(seen), fetch, settings.tls_client_ca is not None)
+
+
+def _contents(files: tuple[Path, ...]) -> tuple[bytes, ...]:
+    try:
+        return tuple(path.read_bytes() for path in files)
+    except OSError as error:
+        raise InvalidArgument(f"the TLS file {error.filename} cannot be read: {error.strerror}") from error

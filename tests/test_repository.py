@@ -1,0 +1,200 @@
+"""The repository keeps its own promises: stubs match protos, documents run, every command has help."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SOURCES = sorted(
+    path
+    for folder in ("memory_service", "model_worker", "tests", "deploy", "docs", "protos", ".ci")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+) + sorted(path for path in ROOT.iterdir() if path.is_file())
+
+
+def project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+# --- Stubs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proto", sorted((ROOT / "protos").rglob("*.proto")), ids=lambda path: path.stem)
+def test_stubs_are_what_the_protos_generate(proto: Path, tmp_path: Path) -> None:
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    name = proto.relative_to(ROOT / "protos")
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-Iprotos", *outputs, name], cwd=ROOT, check=True)
+    fresh = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*_pb2*") if path.is_file()}
+    assert fresh
+    for path, content in fresh.items():
+        assert (ROOT / path).read_text() == content, f"{path} is stale: run `make protos`"
+
+
+# --- Commands -------------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[tuple[str, click.Command]]:
+    from memory_service.cli import app
+
+    found: list[tuple[str, click.Command]] = []
+    waiting: list[tuple[str, click.Command]] = [("fot", typer.main.get_command(app))]
+    while waiting:
+        name, command = waiting.pop()
+        found.append((name, command))
+        waiting += [(f"{name} {sub}", one) for sub, one in getattr(command, "commands", {}).items()]
+    return found
+
+
+def test_every_command_and_option_has_help() -> None:
+    without = [name for name, command in commands() if not command.help]
+    without += [
+        f"{name} {parameter.opts[0]}"
+        for name, command in commands()
+        for parameter in command.params
+        if not getattr(parameter, "help", "") and "--help" not in parameter.opts
+    ]
+    assert without == []
+
+
+def test_the_promised_commands_exist() -> None:
+    names = {name for name, _ in commands()}
+    promised = "serve verify doctor stats|memory create|memory ls|memory show|memory rm|docs ls|docs rm".replace(
+        " v", "|v"
+    )
+    promised = promised.replace("verify doctor stats", "verify|doctor|stats")
+    for command in [*promised.split("|"), "bench attend", "bench ingest", "bench wire"]:
+        assert f"fot {command}" in names
+
+
+# --- Documents ------------------------------------------------------------------------------------------------------
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "deploy/README.md"]
+BLOCK = re.compile(r"<!-- runnable -->\n```bash\n(.*?)```(?:\n+(?:[^\n`]*\n+)?```text\n(.*?)```)?", re.DOTALL)
+RUNNABLE = [
+    pytest.param(match[1], match[2], id=f"{path.name}-{number}")
+    for path in DOCUMENTS
+    for number, match in enumerate(BLOCK.finditer(path.read_text()))
+]
+
+
+def test_the_readme_has_a_block_that_runs() -> None:
+    assert BLOCK.search((ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize(("script", "output"), RUNNABLE)
+def test_documented_commands_run_and_print_what_is_shown(script: str, output: str | None, tmp_path: Path) -> None:
+    environment = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path), "COLUMNS": "100"}
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", script],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if output is not None:
+        assert done.stdout.rstrip() == output.rstrip()
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+# --- Package --------------------------------------------------------------------------------------------------------
+
+
+def test_exports_are_exact_and_exist() -> None:
+    package = importlib.import_module("memory_service")
+    assert sorted(package.__all__) == sorted(set(package.__all__))
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
+    assert {"Memory", "AsyncMemory", "Client", "merge", "MemorySpec", "Fingerprint"} <= set(package.__all__)
+
+
+def test_importing_the_package_opens_nothing_and_imports_no_server() -> None:
+    code = "import sys, memory_service; print([m for m in ('faiss', 'memory_service.server') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_dependency_is_pinned() -> None:
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    extras = project()["optional-dependencies"]
+    wanted = [*project()["dependencies"], *extras["dev"]]
+    names = {re.split(r"[<>=\[ ]", requirement)[0].lower() for requirement in wanted}
+    assert names <= pinned
+
+
+def test_pins_name_versions_only() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+", line)] == []
+
+
+FORBIDDEN = re.compile(
+    r"\bpickle\b|\btorch\.load\b|\bmarshal\b|\bjoblib\b|\bindex-url\b|/(?:work|root|farm|opt/pypi)/|\.\./shared\b"
+)
+MAY_NAME_THEM = {"pyproject.toml", "test_repository.py"}  # They forbid them.
+
+
+def test_no_forbidden_words() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in SOURCES
+        if path.name not in MAY_NAME_THEM and "_pb2" not in path.name
+        for match in FORBIDDEN.finditer(path.read_text(errors="ignore"))
+    ]
+    assert found == []
+
+
+def test_no_unfinished_work_is_left_behind() -> None:
+    unfinished = re.compile(r"\b(TODO|FIXME|XXX)\b|\bNotImplementedError\b")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in SOURCES
+        if path.suffix == ".py" and path.name != "test_repository.py" and "_pb2" not in path.name
+        for match in unfinished.finditer(path.read_text())
+    ]
+    assert found == []
+
+
+# --- Deployment -----------------------------------------------------------------------------------------------------
+
+
+def test_deployment_image_runs_as_nobody_in_particular_and_copies_what_exists() -> None:
+    text = (ROOT / "deploy/docker/memory_service.Dockerfile").read_text()
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] == "10001:10001"
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
+    for source in " ".join(copied).split():
+        assert (ROOT / source).exists(), source
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(" ".join(copied).split()) <= allowed
+
+
+def test_deployment_starts_the_service_with_options_it_has() -> None:
+    serve = dict(commands())["fot serve"]
+    options = {option for parameter in serve.params for option in parameter.opts}
+    for file in ("deploy/compose.yaml", "deploy/docker/memory_service.Dockerfile"):
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(_serve_lines(ROOT / file))))
+        assert used <= options, f"{file} uses {used - options}"
+
+
+def _serve_lines(path: Path) -> list[str]:
+    """The lines that make up the service's command line."""
+    lines = path.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if re.search(r"\bserve\b", line))
+    stop = next((n for n in range(start + 1, len(lines)) if re.match(r"\s{0,4}[a-z_]+:", lines[n])), len(lines))
+    return lines[start:stop]
