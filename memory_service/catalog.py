@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from memory_service.database import SQLITE_VERSION, Database, Value
+from memory_service.database import SQLITE_VERSION, Database, Row, Value
 from memory_service.errors import AlreadyExists, Internal
 from memory_service.parts import (
     PartHeader,
@@ -122,40 +122,17 @@ class Catalog:
             return []
         spec = spec_from_json(memory[0])
         parts: dict[int, list[PartRef]] = defaultdict(list)
-        for (
-            segment,
-            offset,
-            document,
-            generation,
-            part,
-            of,
-            first,
-            tokens,
-            whole,
-            metadata,
-            at,
-            request,
-            crcs,
-        ) in self._db.query(
-            "SELECT p.segment_pk, p.offset, d.id, d.generation, p.part, p.parts, p.first_token, p.tokens, d.tokens, "
-            "d.metadata, d.committed_at, d.request_id, p.crcs FROM parts p JOIN documents d ON d.pk = p.document_pk "
-            "WHERE d.memory_key = ? ORDER BY p.segment_pk, p.number",
+        for segment, offset, crcs, metadata, *rest in self._db.query(
+            "SELECT s.pk, p.offset, p.crcs, COALESCE(d.metadata, '{}'), COALESCE(d.id, ''), COALESCE(d.generation, 0), "
+            "p.part, p.parts, p.first_token, p.tokens, COALESCE(d.tokens, 0), COALESCE(d.committed_at, 0.0), "
+            "COALESCE(d.request_id, '') "
+            "FROM segments s JOIN parts p ON p.segment_pk = s.pk LEFT JOIN documents d ON d.pk = p.document_pk "
+            "WHERE s.memory_key = ? ORDER BY s.pk, p.number",
             key,
         ):
-            header = PartHeader(
-                document,
-                generation,
-                part,
-                of,
-                first,
-                tokens,
-                whole,
-                json.loads(metadata),
-                at,
-                request,
-                unpack_crcs(crcs),
-            )
-            parts[segment].append(PartRef(offset, PartLayout.of(spec, tokens), header))
+            fields: Row = (*rest[:7], json.loads(metadata), *rest[7:], unpack_crcs(crcs))
+            header = PartHeader(*fields)
+            parts[segment].append(PartRef(offset, PartLayout.of(spec, header.tokens), header))
         return [
             SegmentRow(pk, SegmentRef(path, nbytes, header_bytes, header_crc, tuple(parts[pk])))
             for pk, path, nbytes, header_bytes, header_crc in self._db.query(
@@ -322,7 +299,8 @@ class Catalog:
             key,
         )
         self._record(requests)
-        rows = [row for pk in documents.values() for row in self._documents("pk = ?", pk)]
+        new = sorted(documents.values())  # Keys of one transaction follow each other.
+        rows = self._documents("pk BETWEEN ? AND ?", new[0], new[-1]) if new else []
         return Committed(tuple(rows), tuple(map(SegmentRow, pks, segments)))
 
     def _add_segments(

@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 Nearest = Callable[[Floats, Floats], tuple[Floats, Ints]]
 """(centroids [C, D], rows [N, D]) -> squared distance [N] to the nearest centroid, and which one [N]."""
 
-ITERATIONS = 8  # More gain less than 0.1 points of recall.
+ITERATIONS = 5  # Eight gain less than 0.1 points of recall and cost half as much again.
 
 
 def distinct(rows: Floats) -> Floats:

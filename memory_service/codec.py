@@ -18,7 +18,6 @@ from memory_service.types import (
     Attended,
     AttendOptions,
     Chunk,
-    Conflict,
     Document,
     Fetched,
     Page,
@@ -118,7 +117,7 @@ def _read_put(r: pb.PutDocumentRequest) -> v.PutDocument:
         token_ids=read_tensor(r.token_ids, "token_ids", "[T]", INTEGERS) if r.HasField("token_ids") else None,
         metadata=m.read_metadata(r.metadata),
     )
-    conflict = m.read_word(m.CONFLICT, r.conflict, "conflict", Conflict.FAIL)
+    conflict = m.read_word(m.CONFLICTS, r.conflict, "conflict")
     return v.PutDocument(r.memory, document, m.read_fingerprint(r.fingerprint), conflict, r.request_id)
 
 
@@ -142,7 +141,7 @@ def _read_begin(r: pb.BeginUploadRequest) -> v.BeginUpload:
         tokens=r.tokens,
         fingerprint=m.read_fingerprint(r.fingerprint),
         metadata=m.read_metadata(r.metadata),
-        conflict=m.read_word(m.CONFLICT, r.conflict, "conflict", Conflict.FAIL),
+        conflict=m.read_word(m.CONFLICTS, r.conflict, "conflict"),
         request_id=r.request_id,
     )
 
@@ -309,7 +308,7 @@ def _read_fetched(pieces: Iterable[pb.FetchResponse]) -> Fetched:
         if zlib.crc32(data) != piece.crc32:
             raise DataLoss("a fetched piece does not match its checksum; fetch again")
         payload += data
-    dtype = m.read_word(m.DTYPE, layout.dtype, "layout.dtype").torch
+    dtype = m.read_word(m.DTYPES, layout.dtype, "layout.dtype").torch
     shape = (layout.kv_heads, layout.tokens, layout.head_dim)
     plane = layout.kv_heads * layout.tokens * layout.head_dim * dtype.itemsize
     if len(payload) != 2 * plane + 8 * layout.tokens:
@@ -543,7 +542,7 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = dict(
             pb.StartOperationRequest,
             pb.StartOperationResponse,
             lambda verb: pb.StartOperationRequest(memory=verb.memory, kind=m.OPERATION_KIND[verb.kind]),
-            lambda r: v.StartOperation(r.memory, m.read_word(m.OPERATION_KIND, r.kind, "kind")),
+            lambda r: v.StartOperation(r.memory, m.read_word(m.OPERATION_KINDS, r.kind, "kind")),
             lambda a: pb.StartOperationResponse(operation=m.write_operation(a)),
             lambda r: m.read_operation(r.operation),
         ),

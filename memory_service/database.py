@@ -42,7 +42,8 @@ class Database:
             except FileNotFoundError:
                 vfs.close(vfs.create(path, 0))  # By us, so that only its owner can read it; SQLite keeps the mode.
                 vfs.fsync_directory(path.parent)
-        db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+        # Nobody else may have it open, so waiting for a lock cannot help.
+        db = sqlite3.connect(path or ":memory:", timeout=0.0, isolation_level=None, check_same_thread=False)
         try:
             with _translated():
                 _configure(db)

@@ -7,8 +7,6 @@ import json
 import time
 from collections.abc import Callable
 
-import torch
-
 from memory_service import verbs
 from memory_service.catalog import Catalog, RequestRow
 from memory_service.commits import Commits, Job
@@ -158,7 +156,5 @@ def _check_tensors(spec: MemorySpec, one: Document) -> None:
             )
         if tensor.dtype != spec.dtype.torch:
             raise InvalidArgument(f"{name} must be {spec.dtype.value} like the memory, got {tensor.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise InvalidArgument(f"{name} hold NaN or infinity; nothing was stored")
     if one.token_ids is not None and tuple(one.token_ids.shape) != (tokens,):
         raise InvalidArgument(f"token_ids must be [{tokens}], got {list(one.token_ids.shape)}")

@@ -36,6 +36,7 @@ from memory_service.types import (
     MemorySpec,
     Partial,
     TopTokens,
+    is_finite,
 )
 
 _COLD_BYTES = 32 << 20  # Keys and values of cold documents looked at together.
@@ -74,7 +75,7 @@ def check_groups(spec: MemorySpec, groups: Sequence[AttendGroup], options: Atten
             )
         if shape[0] * shape[1] > MAX_QUERIES:
             raise InvalidArgument(f"{shape[0]} heads × {shape[1]} queries exceed {MAX_QUERIES} rows; split the call")
-        if not group.queries.is_floating_point() or not torch.isfinite(group.queries).all():
+        if not group.queries.is_floating_point() or not is_finite(group.queries):
             raise InvalidArgument("queries must be floating point and hold no NaN or infinity")
 
 

@@ -18,9 +18,10 @@ MAX_PARAM = 65_536
 PARAMS = ("nprobe", "efSearch", "candidates")
 OUTLIER_SHARE = 1 / 128  # Of the keys, kept apart from the lists and scored exactly.
 
+# Only the first kind may stand without lists: Faiss cannot restrict the second to a scope then.
 _FACTORY = re.compile(
-    r"(?:IVF(?P<lists>[1-9]\d{0,4}),)?"
-    r"(?P<codec>Flat|SQ[468]|SQfp16|SQbf16|RaBitQ|PQ(?P<parts>[1-9]\d{0,3})(?:x(?P<bits>[48]))?(?P<fast>fsr?)?)"
+    r"(?:IVF(?P<lists>[1-9]\d{0,4}),)?(?P<codec>Flat|SQ[468]|SQfp16|SQbf16|"
+    r"(?(lists)RaBitQ|(?!))|(?(lists)PQ(?P<parts>[1-9]\d{0,3})(?:x(?P<bits>[48]))?(?P<fast>fsr?)?|(?!)))"
     r"|HNSW(?P<links>[4-9]|[1-9]\d)"
 )
 _BITS = {"Flat": 32, "SQ4": 4, "SQ6": 6, "SQ8": 8, "SQfp16": 16, "SQbf16": 16, "RaBitQ": 1}
@@ -50,17 +51,17 @@ def parse_factory(factory: str, dim: int) -> Factory:
     if shape is None or int(shape["lists"] or 1) > MAX_LISTS:
         raise InvalidArgument(
             f"index factory {factory!r} is not supported; use 'auto', 'none', HNSW4 to HNSW99, or one of Flat, SQ4, "
-            "SQ6, SQ8, SQfp16, SQbf16, RaBitQ, PQm, PQmx4fs, PQmx4fsr, alone or behind 'IVFn,' "
-            f"with n ≤ {MAX_LISTS}"
+            f"SQ6, SQ8, SQfp16, SQbf16, alone or behind 'IVFn,' with n ≤ {MAX_LISTS}, or one of RaBitQ, PQm, PQmx4fs, "
+            "PQmx4fsr behind 'IVFn,'"
         )
     if shape["links"]:
         return Factory(0, factory, 4 * dim + 8 * int(shape["links"]))
     parts = int(shape["parts"] or 0)
     bits = int(shape["bits"] or 8)
-    if parts and (dim % parts or (shape["fast"] and bits != 4) or (shape["fast"] == "fsr" and not shape["lists"])):
+    if parts and (dim % parts or (shape["fast"] and bits != 4)):
         raise InvalidArgument(
-            f"index factory {factory!r} does not fit: PQm needs m to divide head_dim {dim}, fs and fsr need x4 before "
-            "them, and fsr needs lists"
+            f"index factory {factory!r} does not fit: m of PQm must divide head_dim {dim}, and fs and fsr need x4 before "
+            "them"
         )
     code_bytes = parts * bits if parts else dim * _BITS[shape["codec"]]
     return Factory(int(shape["lists"] or 0), shape["codec"], (code_bytes + 7) // 8)
@@ -93,7 +94,7 @@ def choose_factory(tokens: int, dim: int, policy_factory: str) -> str:
 
 def default_candidates(factory: str, dim: int, top_k: int) -> int:
     """How many candidates to score again so that the codes' rounding costs little recall at `top_k`."""
-    return max(4 * top_k, 64) if parse_factory(factory, dim).coarse else top_k + max(top_k // 4, 8)
+    return max(3 * top_k, 64) if parse_factory(factory, dim).coarse else top_k + max(top_k // 4, 8)
 
 
 def estimate_bytes(tokens: int, spec: MemorySpec, factory: str) -> int:

@@ -63,6 +63,7 @@ OUTLIER_LIMIT = 1 / 64  # Of the keys, should the sample have misjudged the rest
 SAMPLE_BYTES = 256 << 20  # Of keys to train on, all heads of a layer together.
 SAMPLE_TOKENS = 1 << 18
 SAMPLE_PER_LIST = 64
+CODE_SAMPLE = 1 << 14
 DISTINCT_PER_LIST = 4  # Fewer lists are made if the keys are so alike.
 BLOCK_FLOATS = 1 << 22  # Of what one step of a build or a search holds in float32.
 faiss: Any = _faiss  # Its type stubs miss half of what it has.
@@ -117,7 +118,7 @@ def build(
 
 def _train(
     documents: Sequence[IndexedDocument], spec: MemorySpec, shape: Factory, read: Read, layer_index: int, cancel: Cancel
-) -> list[_WholeBuilder] | list[_ListsBuilder]:
+) -> Sequence[_WholeBuilder | _ListsBuilder]:
     """A builder for each head of a layer."""
     tokens = sum(one.tokens for one in documents)
     most = SAMPLE_BYTES // (spec.kv_heads * spec.head_dim * spec.dtype.itemsize)
@@ -144,7 +145,7 @@ class _WholeBuilder:
     def __init__(self, shape: Factory, sample: Floats):
         self._index = _empty(shape, sample.shape[1])
         if not self._index.is_trained:
-            self._index.train(_enough(sample))
+            self._index.train(_for_codes(sample))
 
     def add(self, keys: Floats, first_id: int) -> None:
         assert self._index.ntotal == first_id
@@ -167,7 +168,7 @@ class _ListsBuilder:
         distances, _ = _nearest(centroids, sample)
         self._reach = outlier_reach(sample, distances, OUTLIER_SHARE)
         self._room = int(tokens * OUTLIER_LIMIT)
-        self._index.train(_enough(sample[distances <= self._reach]))
+        self._index.train(_for_codes(sample[distances <= self._reach]))
         self._radii = np.zeros(lists, np.float32)  # Squared until `finish`.
         self._ids: list[Ints] = []
         self._outliers: list[Floats] = []
@@ -196,9 +197,16 @@ def _floats(keys: Tensor) -> Floats:
     return np.ascontiguousarray(keys.float().cpu().numpy())
 
 
-def _enough(rows: Floats) -> Floats:
-    """Rows to train codes on: repeated until Faiss has as many as its largest codebook wants."""
-    return rows if len(rows) >= 256 else np.resize(rows, (256, rows.shape[1]))
+def _for_codes(rows: Floats) -> Floats:
+    """Rows to train codes on: enough of them, no two alike and no dimension constant.
+
+    A codebook of equal entries gives Faiss's fast scan a table without a span, which it divides by: keys vanish. And its
+    k-means takes seconds over equal rows.
+    """
+    rows = rows[:: max(1, len(rows) // CODE_SAMPLE)] if len(rows) >= 256 else np.resize(rows, (256, rows.shape[1]))
+    spread = float(np.sqrt(np.mean(np.square(rows)))) or 1.0
+    noise = np.random.default_rng(0).standard_normal(rows.shape, np.float32)
+    return rows + np.float32(1e-4 * spread) * noise
 
 
 def _nearest(centroids: Floats, rows: Floats) -> tuple[Floats, Ints]:
@@ -292,7 +300,7 @@ class ListsIndex:
             selector = faiss.IDSelectorBitmap(allowed)
             outside = (allowed[self._outlier_ids >> 3] >> (self._outlier_ids & 7) & 1) == 0
             # What is allowed is thinner in every list: look further for it.
-            nprobe /= max(int(np.bitwise_count(allowed).sum()) / self.keys, 0.25)
+            nprobe /= max(np.count_nonzero(np.unpackbits(allowed)) / self.keys, 0.25)
         how = faiss.SearchParametersIVF(nprobe=min(int(params.get("nprobe", nprobe)), lists), sel=selector)
         rows = max(1, BLOCK_FLOATS // (lists + len(self._outlier_ids) + candidates))
         found = [
@@ -302,7 +310,7 @@ class ListsIndex:
         return found[0] if len(found) == 1 else np.concatenate([np.empty((0, candidates), np.int64), *found])
 
     def _search(self, queries: Floats, candidates: int, how: Any, outside: NDArray[np.bool_] | None) -> Ints:
-        rows = torch.from_numpy(queries)
+        rows = torch.from_numpy(queries)  # [R, D]
         scores = rows @ self._centroids  # [R, N]
         reach = torch.addmm(scores, rows.norm(dim=1, keepdim=True), self._radii[None], alpha=RADIUS_WEIGHT)
         lists = _largest(reach.numpy(), how.nprobe)

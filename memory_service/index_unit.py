@@ -82,7 +82,14 @@ class IndexUnit:
         assert queries.dtype == np.float32
         assert allowed is None or allowed.size == (self.tokens + 7) // 8
         index = self.heads[layer_index * self.kv_heads + head]
-        found = index.search(np.ascontiguousarray(queries), min(candidates, self.tokens), params, allowed)
+        found = index.search(_scaled(queries), min(candidates, self.tokens), params, allowed)
         if found.shape[1] == candidates:
             return found
         return np.pad(found, ((0, 0), (0, candidates - found.shape[1])), constant_values=-1)
+
+
+def _scaled(queries: Floats) -> Floats:
+    """Queries with 1 as their largest component: the order of scores stays, and no score overflows or vanishes."""
+    largest = np.abs(queries).max(axis=1, keepdims=True)
+    # To a query of zeros all keys are equal; any other finds as good ones, and gives codes something to tell apart.
+    return np.ascontiguousarray(np.where(largest > 0, queries, 1) / np.where(largest > 0, largest, 1), np.float32)

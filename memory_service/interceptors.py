@@ -29,6 +29,13 @@ from memory_service.metrics import Metrics
 from memory_service.types import Identity, Role
 from memory_service.wire import write_error
 
+# By whether requests and responses are streams: a handler's function, and what makes such a handler.
+_KINDS: Mapping[tuple[bool, bool], Callable[[Any], tuple[Any, Any]]] = {
+    (False, False): lambda handler: (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
+    (False, True): lambda handler: (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
+    (True, False): lambda handler: (handler.stream_unary, grpc.stream_unary_rpc_method_handler),
+    (True, True): lambda handler: (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
+}
 OPEN = None  # In POLICY: needs no token.
 DRAINING = "DRAINING"
 _OURS = f"/{SERVICE}/"
@@ -139,10 +146,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
         self, method: str, handler: grpc.RpcMethodHandler[Any, Any], identity: Identity
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler with its errors turned into statuses; of the same kind as the bare one."""
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        bare = getattr(handler, kind)
+        bare, make = _KINDS[handler.request_streaming, handler.response_streaming](handler)
         ours = method.startswith(_OURS)
 
         async def answer(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
@@ -154,8 +158,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
                 async for response in bare(request, context):
                     yield response
 
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        wrapped = generate if inspect.isasyncgenfunction(bare) else answer
+        wrapped = answer if ours or not inspect.isasyncgenfunction(bare) else generate
         return make(wrapped, handler.request_deserializer, handler.response_serializer)  # type: ignore[no-any-return]
 
     def _refusing(self, method: str, error: FotError) -> grpc.RpcMethodHandler[Any, Any]:

@@ -20,6 +20,7 @@ from memory_service.catalog import DocumentRow, MemoryRow
 from memory_service.errors import NotFound
 from memory_service.index import IndexUnit
 from memory_service.parts import SegmentRef
+from memory_service.residency import Residency
 from memory_service.segments import SegmentFiles
 from memory_service.slabs import Run, Slab, join, read_spans, slab_rows
 from memory_service.types import DocumentInfo, Filter, MemoryInfo, MemorySpec
@@ -51,42 +52,6 @@ class Plan:
     tokens: int
     units: tuple[IndexUnit, ...]
     notes: dict[str, object] = field(default_factory=dict)  # What the engine derives once from this plan.
-
-
-class Residency:
-    """Shares the byte budget for hot keys and values among memories; the longest unused give way."""
-
-    _IDLE_S = 10.0  # A memory used more recently than this keeps what it has: no thrashing between two busy ones.
-
-    def __init__(self, budget: int):
-        self.budget = budget
-        self.used = 0
-        self._lock = threading.Lock()
-        self._memories: list[LiveMemory] = []
-
-    def join(self, memory: LiveMemory) -> None:
-        with self._lock:
-            self._memories.append(memory)
-
-    def leave(self, memory: LiveMemory) -> None:
-        with self._lock:
-            self._memories.remove(memory)
-
-    def take(self, nbytes: int, asker: LiveMemory) -> bool:
-        """Reserve bytes, sending idle memories' slabs away if that makes room; False if it does not."""
-        while True:
-            with self._lock:
-                if self.used + nbytes <= self.budget:
-                    self.used += nbytes
-                    return True
-                idle = time.monotonic() - self._IDLE_S
-                others = [m for m in self._memories if m is not asker and m.slabs and m.last_used < idle]
-            if not others or not min(others, key=lambda memory: memory.last_used).send_away():
-                return False
-
-    def give(self, nbytes: int) -> None:
-        with self._lock:
-            self.used -= nbytes
 
 
 class LiveMemory:

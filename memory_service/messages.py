@@ -81,15 +81,28 @@ OPERATION_STATE = {
 }
 
 
-def read_word(table: Mapping[Member, int], number: int, field: str, default: Member | None = None) -> Member:
-    """The member that stands as `number` on the wire; 0 is `default`. Raises InvalidArgument for any other number."""
-    for member, its_number in table.items():
-        if its_number == number:
-            return member
-    if number == 0 and default is not None:
-        return default
-    told = "is not set" if number == 0 else f"has the number {number}, unknown to this service"
-    raise InvalidArgument(f"{field} {told}", field=field)
+def _by_number(numbers: Mapping[Member, int], default: Member | None = None) -> dict[int, Member]:
+    """The members by their numbers; 0, which is "not set", stands for `default` if there is one."""
+    words = {number: member for member, number in numbers.items()}
+    return words if default is None else {0: default, **words}
+
+
+DTYPES = _by_number(DTYPE)
+CONFLICTS = _by_number(CONFLICT, Conflict.FAIL)
+STORED_DTYPES, OUTPUT_DTYPES = _by_number(DTYPE, DType.BF16), _by_number(DTYPE, DType.F32)
+ENGINES = _by_number(ENGINE, Engine.AUTO)
+COMPARES = _by_number(COMPARE)
+OPERATION_KINDS = _by_number(OPERATION_KIND)
+OPERATION_STATES = _by_number(OPERATION_STATE)
+
+
+def read_word(words: Mapping[int, Member], number: int, field: str) -> Member:
+    """The member that stands as `number` on the wire. Raises InvalidArgument for any other number."""
+    word = words.get(number)
+    if word is None:
+        told = f"has the number {number}, unknown to this service" if number else "is not set"
+        raise InvalidArgument(f"{field} {told}", field=field)
+    return word
 
 
 def write_time(seconds: float) -> Timestamp:
@@ -153,7 +166,7 @@ def read_spec(message: pb.MemorySpec) -> MemorySpec:
         layers=tuple(message.layers),
         kv_heads=message.kv_heads,
         head_dim=message.head_dim,
-        dtype=read_word(DTYPE, message.dtype, "spec.dtype", DType.BF16),
+        dtype=read_word(STORED_DTYPES, message.dtype, "spec.dtype"),
         index=IndexPolicy(
             factory=index.factory if index.HasField("factory") else policy.factory,
             min_tokens=index.min_tokens if index.HasField("min_tokens") else policy.min_tokens,
@@ -300,7 +313,7 @@ class _FilterReader:
                 raise InvalidArgument("a part of the filter is empty")
 
     def _condition(self, message: pb.Condition) -> Condition:
-        compare = read_word(COMPARE, message.compare, "condition.compare")
+        compare = read_word(COMPARES, message.compare, "condition.compare")
         wanted = {Compare.IN: range(MAX_FILTER_PARTS + 1), Compare.EXISTS: range(1)}.get(compare, range(1, 2))
         if len(message.values) not in wanted:
             raise InvalidArgument(f"a condition with {compare.name} cannot have {len(message.values)} values")
@@ -347,14 +360,14 @@ def write_options(options: AttendOptions) -> pb.AttendOptions:
 def read_options(message: pb.AttendOptions) -> AttendOptions:
     return AttendOptions(
         top_k=message.top_k,
-        engine=read_word(ENGINE, message.engine, "options.engine", Engine.AUTO),
+        engine=read_word(ENGINES, message.engine, "options.engine"),
         scale=message.scale if message.HasField("scale") else None,
         logit_gap=message.logit_gap if message.HasField("logit_gap") else None,
         search=dict(message.search),
         tokens=message.tokens,
         attribution=message.attribution,
         measure=message.measure,
-        output_dtype=read_word(DTYPE, message.output_dtype, "options.output_dtype", DType.F32),
+        output_dtype=read_word(OUTPUT_DTYPES, message.output_dtype, "options.output_dtype"),
     )
 
 
@@ -477,8 +490,8 @@ def read_operation(message: pb.Operation) -> Operation:
     return Operation(
         id=message.id,
         memory=message.memory,
-        kind=read_word(OPERATION_KIND, message.kind, "operation.kind"),
-        state=read_word(OPERATION_STATE, message.state, "operation.state"),
+        kind=read_word(OPERATION_KINDS, message.kind, "operation.kind"),
+        state=read_word(OPERATION_STATES, message.state, "operation.state"),
         done=message.done,
         total=message.total,
         message=message.message,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterable, Callable
-from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -131,7 +130,7 @@ class Service:
 
             future = pool.submit(work, len(raw))
             try:
-                for piece in await _result(future, cancel):
+                for piece in await _result(asyncio.shield(future), cancel):
                     await call.context.write(piece)
             finally:
                 # The answer is held until it is sent, or until the thread that makes it for nobody is done.
@@ -215,8 +214,7 @@ class _UploadStream:
             self._names = (first.memory, first.upload)
             if not all(self._names):
                 raise InvalidArgument("the first message of an upload stream must name the memory and the upload")
-        future = self._pool.submit(lambda: self._write(message), len(message))
-        self._writing.add(asyncio.wrap_future(future))
+        self._writing.add(self._pool.submit(lambda: self._write(message), len(message)))
         if len(self._writing) >= PIPELINE:
             await self._settle(asyncio.FIRST_COMPLETED)
 
@@ -243,10 +241,10 @@ class _UploadStream:
         return len(chunk.data)
 
 
-async def _result(future: Future[Answer], cancel: Cancel) -> Answer:
+async def _result(future: asyncio.Future[Answer], cancel: Cancel) -> Answer:
     """What a pool's thread answers; if the caller leaves, the thread is told to stop."""
     try:
-        return await asyncio.wrap_future(future)
+        return await future
     except asyncio.CancelledError:
         cancel.cancel()
         raise

@@ -11,7 +11,7 @@ import torch
 from memory_service.errors import InvalidArgument, QuotaExceeded, ResourceExhausted, SessionExpired
 from memory_service.settings import StoreOptions
 from memory_service.slabs import Run, Slab, clip, slab_rows
-from memory_service.types import MemorySpec, SessionAppend, SessionInfo
+from memory_service.types import MemorySpec, SessionAppend, SessionInfo, is_finite
 
 
 class Session:
@@ -63,7 +63,7 @@ class Session:
                 )
             if tensor.dtype != self.spec.dtype.torch:
                 raise InvalidArgument(f"{name} must be {self.spec.dtype.value} like the memory, got {tensor.dtype}")
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise InvalidArgument(f"{name} hold NaN or infinity; nothing was appended")
         if append.token_ids is not None and tuple(append.token_ids.shape) != (shape[2],):
             raise InvalidArgument(f"token_ids must be [{shape[2]}], got {list(append.token_ids.shape)}")

@@ -36,7 +36,6 @@ class Staging:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._crcs: list[int | None] = [None] * layout.chunks
-        self._finite = True
         self._ended = ""  # What happened to it, once nothing can be written any more.
 
     @property
@@ -59,10 +58,6 @@ class Staging:
         assert self.complete, "the part is not complete"
         return tuple(crc for crc in self._crcs if crc is not None)
 
-    def finite(self) -> bool:
-        """Whether all keys and values received so far are finite; checked as they come, so this is free."""
-        return self._finite
-
     def missing(self) -> list[tuple[int, int]]:
         """Runs of chunks not yet received: (first chunk, chunks)."""
         runs: list[tuple[int, int]] = []
@@ -79,8 +74,8 @@ class Staging:
     def write(self, offset: int, crc32: int, data: Buffer) -> None:
         """Take one whole chunk, in any order; the same chunk again is harmless.
 
-        Raises InvalidArgument if it is misplaced, has the wrong length, does not match its checksum or differs from
-        what came before; FailedPrecondition if the upload has ended.
+        Raises InvalidArgument if it is misplaced, has the wrong length, does not match its checksum, holds NaN or
+        infinity, or differs from what came before; FailedPrecondition if the upload has ended.
         """
         view = memoryview(data).cast("B")
         chunk, rest = divmod(offset, CHUNK_BYTES)
@@ -94,21 +89,21 @@ class Staging:
             )
         if zlib.crc32(view) != crc32:
             raise InvalidArgument(f"the chunk at byte {offset} does not match its CRC-32; send it again")
-        finite = self._is_finite(view, offset)
+        self._check_finite(view, offset)
         with self._lock:
             self._check_open()
             before = self._crcs[chunk]
             if before is None:
                 self.payload.write(view, offset)
                 self._note(chunk, crc32)
-                self._finite &= finite
             elif before != crc32:
                 raise InvalidArgument(f"the chunk at byte {offset} came before with other bytes; abort and begin anew")
 
     def fill(self, keys: Tensor, values: Tensor, token_ids: Tensor | None) -> None:
         """Take the whole part at once: keys and values [L, H, T, D] in the memory's dtype, ids [T] or None for zeros.
 
-        Copies a layer at a time and only what is not contiguous. InvalidArgument if shape, dtype or ids do not fit.
+        Copies a layer at a time and only what is not contiguous. InvalidArgument if shape, dtype or ids do not fit, or
+        if a key or value is NaN or infinite: then discard the upload.
         """
         layout = self.layout
         shape = (layout.layers, layout.heads, layout.tokens, layout.dim)
@@ -127,7 +122,7 @@ class Staging:
                     room = CHUNK_BYTES - offset % CHUNK_BYTES
                     piece, plane = plane[:room], plane[room:]
                     self.payload.write(piece, offset)
-                    self._finite &= self._is_finite(piece, offset)
+                    self._check_finite(piece, offset)
                     crc, offset = zlib.crc32(piece, crc), offset + len(piece)
                     if offset % CHUNK_BYTES == 0 or offset == self.nbytes:
                         self._note((offset - 1) // CHUNK_BYTES, crc)
@@ -165,13 +160,16 @@ class Staging:
         if self._ended:
             raise FailedPrecondition(f"this upload {self._ended}; begin a new one")
 
-    def _is_finite(self, data: memoryview, offset: int) -> bool:
+    def _check_finite(self, data: memoryview, offset: int) -> None:
         """Two integer maxima, of bit patterns as signed and unsigned, see any NaN or infinity at memory speed."""
         floats = data[: max(0, 2 * self.layout.plane_nbytes - offset)]
         signed, unsigned, infinity, minus_infinity = _BITS[self.layout.dtype]
-        return not floats or bool(
-            np.frombuffer(floats, signed).max() < infinity and np.frombuffer(floats, unsigned).max() < minus_infinity
-        )
+        if floats and (
+            np.frombuffer(floats, signed).max() >= infinity or np.frombuffer(floats, unsigned).max() >= minus_infinity
+        ):
+            raise InvalidArgument(
+                f"keys or values hold NaN or infinity near byte {offset} of the part"
+            )
 
     def _note(self, chunk: int, crc: int) -> None:
         self._crcs[chunk] = crc

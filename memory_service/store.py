@@ -29,12 +29,13 @@ from memory_service.errors import (
     QuotaExceeded,
     Unavailable,
 )
-from memory_service.live_memory import LiveMemory, Residency
+from memory_service.live_memory import LiveMemory
 from memory_service.memory_file import MemoryFile
 from memory_service.operations import Operations, Work
 from memory_service.paging import page_of, page_size
 from memory_service.provenance import session_source
 from memory_service.recovery import recover
+from memory_service.residency import Residency
 from memory_service.scan import Arena
 from memory_service.segments import SegmentFiles
 from memory_service.sessions import Session, Sessions

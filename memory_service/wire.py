@@ -32,6 +32,7 @@ from memory_service.errors import (
     Unavailable,
     WrongModel,
 )
+from memory_service.types import is_finite
 from memory_service.v1 import memory_pb2 as pb
 
 DOMAIN = "fot.memory"
@@ -91,7 +92,7 @@ def read_tensor(
             f"{field} of shape {list(shape)} and {_PB[dtype]} takes {expected} bytes; raw has {len(raw)}", field=field
         )
     tensor = from_bytes(raw, dtype, shape)
-    if finite and dtype in FLOATS and not is_finite(tensor):
+    if finite and dtype.is_floating_point and not is_finite(tensor):
         raise InvalidArgument(f"{field} holds NaN or infinity", field=field)
     return tensor
 
@@ -102,15 +103,7 @@ def from_bytes(raw: bytes | bytearray, dtype: torch.dtype, shape: tuple[int, ...
         return torch.empty(shape, dtype=dtype)
     # torch warns about memory it may not write to.
     writable = raw if isinstance(raw, bytearray) else bytearray(raw)
-    return torch.frombuffer(writable, dtype=dtype).reshape(shape)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; aminmax is one pass, isfinite().all() costs 20 times as much."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    return torch.frombuffer(writable, dtype=dtype).view(shape)
 
 
 def _data_type_name(number: int) -> str:

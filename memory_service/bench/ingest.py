@@ -99,8 +99,8 @@ def run(
             "inprocess_commits_per_s": _per_second(documents, many["inprocess"]),
         }
         settings = {"size_mib": size_mib, "rounds": rounds, "documents": documents, "writers": writers, "quick": quick}
-        settings |= {"small_tokens": SMALL_TOKENS, "file_system": file_system(place)}
-        return Result("ingest", figures, rows, settings)
+        where = {"small_tokens": SMALL_TOKENS, "file_system": file_system(place)}
+        return Result("ingest", figures, rows, settings | where)
 
 
 def render(result: Result) -> None:

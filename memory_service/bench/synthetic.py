@@ -38,7 +38,8 @@ class Head:
         centre = torch.randn(dim, generator=generator) + torch.randn(clusters, dim, generator=generator)
         keys = (centre[cluster] + radius[cluster] * torch.randn(tokens, dim, generator=generator)) @ self.axes
         keys *= torch.exp(0.15 * torch.randn(tokens, 1, generator=generator))
-        return keys * (NORM / keys.norm(dim=1).mean())
+        length: Tensor = keys.norm(dim=1).mean()
+        return keys * (NORM / length)
 
     def queries(self, keys: Tensor, queries: int, generator: Generator) -> Tensor:
         """Queries [Q, D]: half the direction of some stored key, half noise, and the head's own offset."""

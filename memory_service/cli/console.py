@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,9 +20,9 @@ from rich.table import Table
 from memory_service.client import Client, Tls
 from memory_service.settings import ServerSettings
 
-out = Console(soft_wrap=True)
 TARGET = f"grpc://{ServerSettings.model_fields['listen'].default}"
 PATIENCE_S = 30.0
+UNWATCHED_COLUMNS = 1000
 
 Target = Annotated[
     str, typer.Option("--target", "-t", envvar="FOT_TARGET", help="A directory, grpc[s]://host:port or unix:path.")
@@ -41,6 +42,12 @@ def connect(target: str, token_file: Path | None, ca: Path | None, insecure: boo
     return Client.open(target, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S, create=create)
 
 
+def console() -> Console:
+    """Standard output; as wide as its lines where nobody looks, so that pipes get whole lines."""
+    watched = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(soft_wrap=True, highlight=False, width=None if watched else UNWATCHED_COLUMNS)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output; dataclasses become objects."""
     json.dump(value, sys.stdout, default=_plain, ensure_ascii=False, indent=2)
@@ -49,12 +56,16 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
     """A table; columns whose names end in a space are aligned to the right. `empty` is said if there are no rows."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="dim", box=None)
+    table.pad_edge = False
     for column in columns:
         table.add_column(column.strip(), justify="right" if column.endswith(" ") else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    out.print(table if table.row_count else f"[dim]{escape(empty)}[/dim]")
+    if table.row_count:
+        _show(table)
+    else:
+        say(empty)
 
 
 def print_facts(title: str, facts: Sequence[tuple[str, object]]) -> None:
@@ -63,19 +74,33 @@ def print_facts(title: str, facts: Sequence[tuple[str, object]]) -> None:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, escape(str(value)))
-    out.print(table)
+        table.add_row(escape(str(name)), escape(str(value)))
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    # Rich fills the last column with spaces.
+    view = console()
+    with view.capture() as captured:
+        view.print(table)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def say(sentence: str) -> None:
     """One line that reports what was done."""
-    out.print(escape(sentence), highlight=False)
+    console().print(escape(sentence))
 
 
 def sure(question: str, yes: bool) -> None:
     """Ask before something is lost; leaves with code 1 unless the answer is yes."""
     if not yes:
         typer.confirm(question, abort=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 document, 2 documents, 2 memories."""
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else several}"
 
 
 def size(count: float) -> str:

@@ -18,9 +18,10 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 
 from memory_service.catalog import SQLITE_VERSION
-from memory_service.cli.console import Json, out, print_json, size
+from memory_service.cli.console import Json, console, print_json, size
 from memory_service.errors import FotError
 from memory_service.vfs import OsVfs
 
@@ -79,9 +80,9 @@ def doctor(
 
 def _print(finding: Finding) -> None:
     mark = {Verdict.OK: "[green]✓[/]", Verdict.WARN: "[yellow]![/]", Verdict.FAIL: "[red]✗[/]"}[finding.verdict]
-    out.print(f"{mark} [dim]{finding.what:<14}[/] {finding.found}", highlight=False)
+    console().print(f"{mark} [dim]{finding.what:<14}[/] {escape(finding.found)}")
     if finding.advice:
-        out.print(f"  {'':<14} [yellow]{finding.advice}[/]", highlight=False)
+        console().print(f"  {'':<14} [yellow]{escape(finding.advice)}[/]")
 
 
 def _software() -> Iterator[Finding]:

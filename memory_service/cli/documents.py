@@ -16,6 +16,7 @@ from memory_service.cli.console import (
     TokenFile,
     Yes,
     connect,
+    counted,
     print_facts,
     print_json,
     print_table,
@@ -23,7 +24,6 @@ from memory_service.cli.console import (
     sure,
     when,
 )
-from memory_service.errors import InvalidArgument
 from memory_service.types import DocumentInfo
 
 app = typer.Typer(no_args_is_help=True, help="List, show and remove documents.")
@@ -97,17 +97,17 @@ def remove(
 ) -> None:
     """Remove documents, named by id or by their metadata."""
     if bool(documents) == bool(where):
-        raise InvalidArgument("name documents, or give --where, but not both")
+        raise typer.BadParameter("name documents, or give --where, but not both")
     with connect(target, token_file, ca, insecure) as client:
         opened = client.memory(memory)
         doomed = documents or [document.id for document in opened.documents(where)]
         if not doomed:
             say(f"No documents of {memory} match {where}.")
             return
-        sure(f"Remove {len(doomed):,} document{'s'[: len(doomed) > 1]} of memory {memory}?", yes)
+        sure(f"Remove {counted(len(doomed), 'document')} of memory {memory}?", yes)
         for document in doomed:
             opened.delete(document)
-    say(f"Removed {len(doomed):,} document{'s'[: len(doomed) > 1]} of memory {memory}.")
+    say(f"Removed {counted(len(doomed), 'document')} of memory {memory}.")
 
 
 def _metadata(document: DocumentInfo) -> str:

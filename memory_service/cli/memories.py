@@ -15,6 +15,7 @@ from memory_service.cli.console import (
     TokenFile,
     Yes,
     connect,
+    counted,
     print_facts,
     print_json,
     print_table,
@@ -24,7 +25,6 @@ from memory_service.cli.console import (
     when,
 )
 from memory_service.client import arguments
-from memory_service.errors import InvalidArgument
 from memory_service.types import DType, Fingerprint, IndexPolicy, MemoryInfo, MemorySpec
 from memory_service.verbs import CreateMemory, GetMemory
 
@@ -118,7 +118,7 @@ def remove(
     """Remove a memory with all its documents and sessions."""
     with connect(target, token_file, ca, insecure) as client:
         info = client.run(GetMemory(name))
-        sure(f"Remove memory {name} with {info.documents:,} documents ({size(info.bytes)})?", yes)
+        sure(f"Remove memory {name} with {counted(info.documents, 'document')} ({size(info.bytes)})?", yes)
         client.delete(name)
     say(f"Removed memory {name}.")
 
@@ -127,7 +127,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise InvalidArgument(f"layers are numbers with commas, as in 6,12,18; got {text!r}") from None
+        raise typer.BadParameter(f"layers are numbers with commas, as in 6,12,18; got {text!r}") from None
 
 
 def _facts(info: MemoryInfo) -> list[tuple[str, object]]:

@@ -66,7 +66,9 @@ def serve(
         store=_given(device=device, resident_bytes=_bytes(resident), session_bytes=_bytes(sessions)),
     )
     if settings.data is None:
-        raise InvalidArgument(f"say where to keep the data: fot serve DIRECTORY, or fot serve {IN_MEMORY} to forget it")
+        raise typer.BadParameter(
+            f"say where to keep the data: fot serve DIRECTORY, or fot serve {IN_MEMORY} to forget it"
+        )
     configure(settings.log_level, settings.log_format)
     _allow_many_files()
     data = None if str(settings.data) == IN_MEMORY else settings.data
@@ -123,7 +125,7 @@ def _bytes(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
-        raise InvalidArgument(f"a size is a number and KiB, MiB, GiB or TiB, as in 8GiB; got {text!r}")
+        raise typer.BadParameter(f"a size is a number and KiB, MiB, GiB or TiB, as in 8GiB; got {text!r}")
     return int(match[1]) * _UNITS[match[2]]
 
 

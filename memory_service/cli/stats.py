@@ -14,6 +14,7 @@ from memory_service.cli.console import (
     Target,
     TokenFile,
     connect,
+    counted,
     print_facts,
     print_json,
     size,
@@ -43,7 +44,7 @@ def _facts(found: Stats) -> list[tuple[str, object]]:
     return [
         ("documents", f"{found.documents:,}"),
         ("tokens", f"{found.tokens:,}"),
-        ("stored", f"{size(found.bytes)} in {found.segments:,} segments"),
+        ("stored", f"{size(found.bytes)} in {counted(found.segments, 'segment')}"),
         ("dead", f"{size(found.dead_bytes)}, until compaction"),
         ("in RAM", f"{size(found.resident_bytes)}, {found.resident_tokens:,} tokens"),
         ("indexed", f"{found.indexed_tokens:,} of {found.tokens:,} tokens, {size(found.index_bytes)}"),

@@ -12,7 +12,7 @@ import typer
 
 from memory_service.auth import Token, TokenFile
 from memory_service.cli.console import Json, print_json, print_table, say, when
-from memory_service.errors import InvalidArgument, NotFound
+from memory_service.errors import NotFound
 from memory_service.types import Role
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke the tokens that a service accepts.")
@@ -71,7 +71,7 @@ def _existing(path: Path) -> TokenFile:
 def _duration_s(text: str) -> float:
     match = re.fullmatch(r"(\d+)([mhdw])", text)
     if match is None:
-        raise InvalidArgument(f"--expires takes a number and m, h, d or w, as in 30d; got {text!r}")
+        raise typer.BadParameter(f"--expires takes a number and m, h, d or w, as in 30d; got {text!r}")
     return int(match[1]) * _SECONDS[match[2]]
 
 

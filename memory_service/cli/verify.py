@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from memory_service.catalog import Catalog
-from memory_service.cli.console import Json, print_json, say, size
+from memory_service.cli.console import Json, counted, print_json, say, size
 from memory_service.errors import DataLoss, NotFound
 from memory_service.recovery import rebuild_catalog
 from memory_service.segments import SegmentFiles
@@ -100,10 +100,11 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def _tell(report: Report) -> None:
     if report.adopted is not None:
-        say(f"Rebuilt the catalogue: {report.adopted:,} documents in {report.memories:,} memories.")
+        held = f"{counted(report.adopted, 'document')} in {counted(report.memories, 'memory')}"
+        say(f"Rebuilt the catalogue from the segments: {held}.")
     for note in report.notes:
         say(f"Left alone: {note}")
     for problem in report.problems:
         say(f"Damaged: {problem}")
-    state = f"{len(report.problems):,} segments are damaged" if report.problems else "all is well"
-    say(f"{report.documents:,} documents in {report.segments:,} segments, {size(report.bytes)}: {state}.")
+    held = f"{counted(report.documents, 'document')} in {counted(report.segments, 'segment')}, {size(report.bytes)}"
+    say(f"{held}: {counted(len(report.problems), 'segment') + ' damaged' if report.problems else 'all is well'}.")

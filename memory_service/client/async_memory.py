@@ -230,6 +230,8 @@ class AsyncMemory:
         timeout_s: float | None = None,
     ) -> tuple[Attended, ...]:
         """Attention of several (scope, queries) in one round trip; answers in the same order."""
+        self.spec.layer_index(layer)
+        options.check()
         return await self.connection.run(Attend(self.name, layer, groups_of(groups), options), timeout_s)
 
     async def search(
@@ -258,6 +260,8 @@ class AsyncMemory:
         timeout_s: float | None = None,
     ) -> tuple[TopTokens, ...]:
         """Search for several (scope, queries) in one round trip; answers in the same order."""
+        self.spec.layer_index(layer)
+        options.check()
         return await self.connection.run(Search(self.name, layer, groups_of(groups), options), timeout_s)
 
     async def fetch(
@@ -314,4 +318,4 @@ class AsyncMemory:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} at {self.connection.target}: {describe(self.spec)}>"
+        return f"<{type(self).__name__} {self.name!r} at {self.connection.target} ({describe(self.spec)})>"

@@ -221,6 +221,8 @@ class Memory:
         timeout_s: float | None = None,
     ) -> tuple[Attended, ...]:
         """Attention of several (scope, queries) in one round trip; answers in the same order."""
+        self.spec.layer_index(layer)
+        options.check()
         return self.connection.run(Attend(self.name, layer, groups_of(groups), options), timeout_s)
 
     def search(
@@ -248,6 +250,8 @@ class Memory:
         timeout_s: float | None = None,
     ) -> tuple[TopTokens, ...]:
         """Search for several (scope, queries) in one round trip; answers in the same order."""
+        self.spec.layer_index(layer)
+        options.check()
         return self.connection.run(Search(self.name, layer, groups_of(groups), options), timeout_s)
 
     def fetch(
@@ -304,4 +308,4 @@ class Memory:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} at {self.connection.target}: {describe(self.spec)}>"
+        return f"<{type(self).__name__} {self.name!r} at {self.connection.target} ({describe(self.spec)})>"

@@ -38,13 +38,13 @@ def check_shape(document: Document, spec: MemorySpec) -> None:
     for name, tensor in (("keys", document.keys), ("values", document.values)):
         if tuple(tensor.shape) != expected or not tokens:
             raise InvalidArgument(
-                f"{name} must be [layers, kv heads, tokens, head_dim] = "
-                f"[{expected[0]}, {expected[1]}, {tokens or 'T'}, {expected[3]}], got {list(tensor.shape)}"
+                f"{name} must be [{len(spec.layers)} layers, {spec.kv_heads} kv heads, tokens, {spec.head_dim}], "
+                f"got {list(tensor.shape)}"
             )
         if tensor.dtype != spec.dtype.torch:
-            raise InvalidArgument(f"{name} must be {spec.dtype}, as the memory stores them, got {tensor.dtype}")
+            raise InvalidArgument(f"{name} must be {spec.dtype} like the memory, got {tensor.dtype}")
     if document.token_ids is not None and tuple(document.token_ids.shape) != (tokens,):
-        raise InvalidArgument(f"token_ids must be [{tokens}], one a token, got {list(document.token_ids.shape)}")
+        raise InvalidArgument(f"token_ids must be [{tokens}], got {list(document.token_ids.shape)}")
 
 
 def check_token_ids(token_ids: Tensor | None) -> None:

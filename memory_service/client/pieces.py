@@ -25,6 +25,7 @@ from memory_service.types import (
 from memory_service.verbs import AppendSessions, Attend, Search
 
 PIECE_BYTES = 4 << 20  # Of tensors in one message, asked or answered; the service takes messages of 8 MiB.
+WORKING_BYTES = 128 << 20  # That one message may cost the service, which refuses what would take too much at once.
 TOKEN_BYTES = 4 + 8 + 4 + 4  # Of one top token: source, offset, score, weight.
 
 Asked = TypeVar("Asked", Attend, Search)
@@ -119,15 +120,13 @@ def _queries(group: AttendGroup) -> int:
 
 
 def _query_bytes(group: AttendGroup, options: AttendOptions, answers_values: bool) -> int:
-    """Bytes of one query of all heads, asked or answered, whichever is more."""
-    heads, dim = (
-        group.queries.shape[0] if group.queries.ndim else 1,
-        group.queries.shape[-1] if group.queries.ndim else 1,
-    )
+    """Bytes of one query of all heads: asked, answered, or its share of working memory, whichever is most."""
+    heads, dim = (group.queries.shape[0], group.queries.shape[-1]) if group.queries.ndim else (1, 1)
     answered = options.output_dtype.itemsize * dim + 4 if answers_values else 0
     if options.tokens or not answers_values:
         answered += options.top_k * TOKEN_BYTES
-    return heads * max(4 * dim, answered)
+    gathered = options.top_k * (8 * dim + 32)
+    return heads * max(4 * dim, answered, gathered * PIECE_BYTES // WORKING_BYTES)
 
 
 def _token_bytes(append: SessionAppend) -> int:

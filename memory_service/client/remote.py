@@ -21,6 +21,7 @@ from memory_service.wire import read_error
 
 Answer = TypeVar("Answer")
 
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 MESSAGE_BYTES = 8 << 20
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -53,6 +54,7 @@ class RemotePlace:
         # Bytes in, bytes out: the codec makes and reads them.
         self._methods = {verb: self._method(rpc) for verb, rpc in RPCS.items()}
         self._upload = self._channel.stream_unary(UPLOAD_CHUNKS, None, None)
+        self._health = self._channel.unary_unary(HEALTH_CHECK, None, None)
         self._open = True
 
     def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
@@ -87,13 +89,13 @@ class RemotePlace:
                 case Send(timeout_s=timeout_s):
                     self._upload(_chunks(step), timeout=timeout_s, metadata=self._metadata)
                 case Connect(timeout_s):
-                    grpc.channel_ready_future(self._channel).result(timeout_s)
+                    self._health(b"", timeout=timeout_s, wait_for_ready=True)
                 case Sleep(seconds):
                     time.sleep(seconds)
-        except grpc.FutureTimeoutError:
-            raise unreachable(self.target) from None
         except grpc.RpcError as error:
-            raise read_error(error) from None
+            if isinstance(step, Connect):
+                return _answered(error, self.target)
+            raise _read_error(error, self.target) from None
 
     def _method(self, rpc: Rpc) -> Any:
         return (self._channel.unary_stream if rpc.streamed else self._channel.unary_unary)(rpc.path, None, None)
@@ -112,6 +114,7 @@ class AsyncRemotePlace:
             self._channel = aio.secure_channel(address.authority, _credentials(address.tls), options)
         self._methods = {verb: self._method(rpc) for verb, rpc in RPCS.items()}
         self._upload = self._channel.stream_unary(UPLOAD_CHUNKS, None, None)
+        self._health = self._channel.unary_unary(HEALTH_CHECK, None, None)
         self._open = True
 
     async def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
@@ -148,21 +151,31 @@ class AsyncRemotePlace:
                 case Send(timeout_s=timeout_s):
                     await self._upload(_off_loop(_chunks(step)), timeout=timeout_s, metadata=self._metadata)
                 case Connect(timeout_s):
-                    await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+                    await self._health(b"", timeout=timeout_s, wait_for_ready=True)
                 case Sleep(seconds):
                     await asyncio.sleep(seconds)
-        except TimeoutError:
-            raise unreachable(self.target) from None
         except grpc.RpcError as error:
-            raise read_error(error) from None
+            if isinstance(step, Connect):
+                return _answered(error, self.target)
+            raise _read_error(error, self.target) from None
 
     def _method(self, rpc: Rpc) -> Any:
         return (self._channel.unary_stream if rpc.streamed else self._channel.unary_unary)(rpc.path, None, None)
 
 
-def unreachable(target: str) -> Unavailable:
-    """The error of a service that nobody could connect to."""
-    return Unavailable(f"the service at {target} cannot be reached; is it running there?")
+def _read_error(error: grpc.RpcError, target: str) -> FotError:
+    """The error as the service raised it, or what stands between the service and here."""
+    answered = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not answered:
+        why = (error.details() or "no answer").rpartition(": ")[2]
+        return Unavailable(f"the service at {target} cannot be reached ({why}); is it running there?")
+    return read_error(error)
+
+
+def _answered(error: grpc.RpcError, target: str) -> None:
+    """Any answer to the health check will do, even that there is none; Unavailable if nobody gave one."""
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        raise Unavailable(f"the service at {target} cannot be reached; is it running there?")
 
 
 def _chunks(step: Send) -> Iterator[bytes]:

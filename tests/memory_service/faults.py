@@ -126,15 +126,26 @@ class FaultVfs(OsVfs):
             self.log.append(Event("catalog", catalog=tuple((self._name(one), one.read_bytes()) for one in found)))
 
     def power_loss_states(self, subsets: int = 2, seed: int = 0) -> Iterator[State]:
-        """For every prefix of the log: only what was synced, everything, and `subsets` random mixtures, torn writes too."""
+        """States at every point of the log: what was synced, everything, and `subsets` random, torn mixtures.
+
+        States that look the same after the same marks come once.
+        """
         disk, marks = self._baseline.copy(), list[str]()
+        seen: set[int] = set()
         for point in range(len(self.log) + 1):
             name = f"{point}/{len(self.log)} {self.log[point - 1].kind} {self.log[point - 1].path}" if point else "0"
-            yield disk.state(f"{name}: synced", tuple(marks), None, 0.0)
-            yield disk.state(f"{name}: everything", tuple(marks), None, 1.0)
+            states = [
+                disk.state(f"{name}: synced", tuple(marks), None, 0.0),
+                disk.state(f"{name}: everything", tuple(marks), None, 1.0),
+            ]
             for number in range(subsets):
                 dice = random.Random(f"{seed}/{point}/{number}")
-                yield disk.state(f"{name}: mixture {number} of seed {seed}", tuple(marks), dice, 0.5)
+                states.append(disk.state(f"{name}: mixture {number} of seed {seed}", tuple(marks), dice, 0.5))
+            for state in states:
+                look = hash((state.marks, frozenset(state.files.items()), frozenset(state.directories)))
+                if look not in seen:
+                    seen.add(look)
+                    yield state
             if point < len(self.log):
                 event = self.log[point]
                 if event.kind == "mark":
