@@ -14,8 +14,8 @@ from memory_service import scan
 from memory_service.scan import GROUP, Arena, Chunk
 from memory_service.types import Cancel, Partial
 
-_PIECE_ELEMENTS = 1 << 22  # Float32 elements gathered at a time when candidates are scored again.
-_FEW_KEYS = 2048  # Below this, scoring everything and sorting beats a scan.
+_PIECE_ELEMENTS = 1 << 21  # Float32 elements gathered at a time when candidates are scored again.
+_FEW_KEYS = 8192  # Below this, scoring everything and sorting beats a scan.
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Partial:
@@ -109,9 +109,13 @@ class TopK:
     def _add_all(self, chunk: Chunk, heads: slice, rows: slice) -> None:
         """Score every key in float32 and sort."""
         queries = self.queries[heads, rows]
-        keys = torch.cat([chunk.keys[heads, start:stop].float() for start, stop in chunk.runs], dim=1)
-        self.cancel.check()
-        scores = queries @ keys.mT
+        h, count, dim = queries.shape[0], chunk.size, queries.shape[2]
+        scores = self.arena.take("table", (h, queries.shape[1], count), torch.float32, queries.device)
+        wide = self.arena.take("wide", (count, dim), torch.float32, queries.device)
+        for head in range(h):
+            self.cancel.check()
+            keys = scan.load(chunk.keys[heads.start + head], list(chunk.runs), wide)
+            torch.mm(queries[head], keys.T, out=scores[head])
         best = scores.topk(min(self.top_k, scores.shape[2]), dim=2, sorted=False)
         self._keep(chunk, heads, rows, best.values, chunk.rows(best.indices))
 
@@ -154,7 +158,11 @@ class TopK:
 
     def _score(self, chunk: Chunk, head: int, rows: slice, found: Tensor) -> Tensor:
         """Exact scores [r, C] of one head's query rows for chunk rows [r, C]; -inf where the row is -1."""
-        keys = chunk.keys[head].index_select(0, found.clamp(min=0).flatten()).float().view(*found.shape, -1)
+        stored = chunk.keys[head]
+        gathered = self.arena.take("gathered", (found.numel(), stored.shape[1]), stored.dtype, stored.device)
+        torch.index_select(stored, 0, found.clamp(min=0).flatten(), out=gathered)
+        wide = self.arena.take("wide", (*found.shape, stored.shape[1]), torch.float32, stored.device).view(gathered.shape)
+        keys = wide.copy_(gathered).view(*found.shape, -1)
         scores = (self.queries[head, rows][:, None] @ keys.mT).squeeze(1)
         return scores.masked_fill_(found < 0, -torch.inf)
 

@@ -12,6 +12,7 @@ from memory_service.live_memory import LiveMemory
 from memory_service.operations import Operations
 from memory_service.types import Cancel, OperationKind, OperationState
 from memory_service.upkeep import Upkeep
+from memory_service.vfs import StorageFailed
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,15 @@ class Background:
         operations: Operations,
         writable: Callable[[], bool],
         chores: Sequence[Callable[[], None]],
+        storage_failed: Callable[[StorageFailed], None],
     ):
-        """`chores` run at every tick: they are cheap and drop what ran out."""
+        """`chores` run at every tick: they are cheap and drop what ran out; `storage_failed` hears of an I/O error."""
         self._memories = memories
         self._upkeep = upkeep
         self._operations = operations
         self._writable = writable
         self._chores = chores
+        self._storage_failed = storage_failed
         self._stopping = threading.Event()
         self._cancel = Cancel()
         self._seen: dict[str, int] = {}
@@ -63,6 +66,8 @@ class Background:
     def _try(self, step: Callable[[], None]) -> None:
         try:
             step()
+        except StorageFailed as error:
+            self._storage_failed(error)
         except FotError as error:
             if not self._stopping.is_set():
                 log.warning("upkeep failed: %s", error.message)

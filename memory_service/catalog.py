@@ -89,11 +89,15 @@ class Catalog:
             )
             self._record(requests)
 
-    def delete_memory(self, key: str, requests: Iterable[RequestRow] = ()) -> None:
+    def delete_memory(self, key: str, requests: Sequence[RequestRow] = ()) -> None:
         """Delete a memory: its name is free and its documents are gone; `forget_memory` drops the rows."""
-        with self._db.transaction():
-            self._db.run("UPDATE memories SET deleted = 1 WHERE key = ?", key)
-            self._record(requests)
+
+        def work() -> None:
+            with self._db.transaction():
+                self._db.run("UPDATE memories SET deleted = 1 WHERE key = ?", key)
+                self._record(requests)
+
+        self._db.with_reserve(work)
 
     def deleted_memories(self) -> list[str]:
         """Keys of deleted memories whose files may still be there."""
@@ -171,35 +175,28 @@ class Catalog:
                     documents[one.document, one.generation] = self._add_document(key, one, replace=True)
             return self._finish_commit(key, segments, documents, ())
 
-    def tombstone(self, key: str, documents: Sequence[int], requests: Iterable[RequestRow] = ()) -> None:
+    def tombstone(self, key: str, documents: Sequence[int], requests: Sequence[RequestRow] = ()) -> None:
         """Delete documents by primary key; their bytes stay until `compact` drops the segments."""
-        with self._db.transaction():
-            for pk in documents:
-                self._db.run("UPDATE documents SET deleted = 1 WHERE pk = ? AND memory_key = ?", pk, key)
-            self._record(requests)
+
+        def work() -> None:
+            with self._db.transaction():
+                for pk in documents:
+                    self._db.run("UPDATE documents SET deleted = 1 WHERE pk = ? AND memory_key = ?", pk, key)
+                self._record(requests)
+
+        self._db.with_reserve(work)
 
     def compact(self, key: str, segments: Sequence[SegmentRef], dropped: Collection[int]) -> tuple[SegmentRow, ...]:
         """Replace segments (by primary key) by ones that hold the same documents again; documents keep their rows.
 
         Raises Internal, changing nothing, if a live document would lose a part.
         """
-        with self._db.transaction():
-            rows = self._db.query("SELECT id, generation, pk FROM documents WHERE memory_key = ?", key)
-            documents = {(document, generation): pk for document, generation, pk in rows}
-            touched = {documents[one.document, one.generation] for one in _headers(segments)}
-            for pk in dropped:
-                rows = self._db.query("SELECT document_pk FROM parts WHERE segment_pk = ? AND document_pk NOTNULL", pk)
-                touched.update(document for (document,) in rows)
-                self._db.run("DELETE FROM segments WHERE pk = ? AND memory_key = ?", pk, key)
-            pks = self._add_segments(key, segments, documents)
-            for pk in touched:
-                self._db.run(
-                    "DELETE FROM documents WHERE pk = ? AND deleted "
-                    "AND NOT EXISTS (SELECT 1 FROM parts WHERE document_pk = documents.pk)",
-                    pk,
-                )
-            self._check_whole(touched)
-            return tuple(map(SegmentRow, pks, segments))
+
+        def work() -> list[int]:
+            with self._db.transaction():
+                return self._compact(key, segments, dropped)
+
+        return tuple(map(SegmentRow, self._db.with_reserve(work), segments))
 
     # --- Requests and operations ------------------------------------------------------------------------------------
 
@@ -219,13 +216,14 @@ class Catalog:
             self._record(requests)
 
     def prune(self, now: float) -> None:
-        """Forget requests and finished operations older than REQUEST_DAYS."""
+        """Forget requests and finished operations older than REQUEST_DAYS; keep room back for deletes again."""
+        before = now - REQUEST_DAYS * 86_400
         with self._db.transaction():
-            before = now - REQUEST_DAYS * 86_400
             self._db.run("DELETE FROM requests WHERE created_at < ?", before)
             self._db.run(
                 "DELETE FROM operations WHERE updated_at < ? AND state <> ?", before, OperationState.RUNNING.value
             )
+        self._db.keep_reserve()
 
     def save_operation(self, tenant: str, operation: Operation) -> None:
         """Write an operation's present state."""
@@ -269,6 +267,24 @@ class Catalog:
                 *values,
             )
         ]
+
+    def _compact(self, key: str, segments: Sequence[SegmentRef], dropped: Collection[int]) -> list[int]:
+        rows = self._db.query("SELECT id, generation, pk FROM documents WHERE memory_key = ?", key)
+        documents = {(document, generation): pk for document, generation, pk in rows}
+        touched = {documents[one.document, one.generation] for one in _headers(segments)}
+        for pk in dropped:
+            rows = self._db.query("SELECT document_pk FROM parts WHERE segment_pk = ? AND document_pk NOTNULL", pk)
+            touched.update(document for (document,) in rows)
+            self._db.run("DELETE FROM segments WHERE pk = ? AND memory_key = ?", pk, key)
+        pks = self._add_segments(key, segments, documents)
+        for pk in touched:
+            self._db.run(
+                "DELETE FROM documents WHERE pk = ? AND deleted "
+                "AND NOT EXISTS (SELECT 1 FROM parts WHERE document_pk = documents.pk)",
+                pk,
+            )
+        self._check_whole(touched)
+        return pks
 
     def _add_document(self, key: str, header: PartHeader, *, replace: bool) -> int:
         alive = self._db.one(

@@ -33,13 +33,14 @@ def train_centroids(rows: Floats, count: int, nearest: Nearest, seed: int, cance
     """`count` centroids [C, D] of distinct rows [N, D], N ≥ `count`. An empty list moves to the worst-served row."""
     generator = np.random.default_rng(seed)
     centroids = rows[np.sort(generator.choice(len(rows), count, replace=False))]
+    every = torch.from_numpy(rows)
     for _ in range(ITERATIONS if count > 1 else 1):
         cancel.check()
         distances, owners = nearest(centroids, rows)
         sizes = np.bincount(owners, minlength=count)
-        sums = torch.zeros(count, rows.shape[1], dtype=torch.float64)
-        sums.index_add_(0, torch.from_numpy(owners), torch.from_numpy(rows).double())
-        centroids = (sums.numpy() / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+        sums = torch.zeros(count, rows.shape[1])
+        sums.index_add_(0, torch.from_numpy(owners), every)
+        centroids = sums.numpy() / np.maximum(sizes, 1)[:, None].astype(np.float32)
         empty = np.flatnonzero(sizes == 0)
         centroids[empty] = rows[np.argsort(-distances, kind="stable")[: len(empty)]]
     return centroids

@@ -16,6 +16,7 @@ from memory_service.errors import DataLoss, InvalidArgument
 from memory_service.types import (
     MAX_GROUPS,
     Attended,
+    AttendGroup,
     AttendOptions,
     Chunk,
     Document,
@@ -244,26 +245,32 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 
-def _write_attend(verb: v.Attend | v.Search) -> dict[str, Any]:
-    return {
-        "memory": verb.memory,
-        "layer": verb.layer,
-        "groups": [m.write_group(group) for group in verb.groups],
-        "options": m.write_options(verb.options),
-    }
+def _write_attend(verb: v.Attend | v.Search, message: Any) -> Message:
+    message.memory = verb.memory
+    message.layer = verb.layer
+    for group in verb.groups:
+        m.write_group(group, message.groups.add())
+    m.write_options(verb.options, message.options)
+    return message  # type: ignore[no-any-return]
 
 
-def _read_attend(r: Any) -> tuple[str, int, tuple[Any, ...], AttendOptions]:
+def _read_attend(r: Any) -> tuple[str, int, tuple[AttendGroup, ...], AttendOptions]:
     m.check_count(len(r.groups), MAX_GROUPS, "groups")
-    return r.memory, r.layer, tuple(m.read_group(group) for group in r.groups), m.read_options(r.options)
+    return r.memory, r.layer, tuple(map(m.read_group, r.groups)), m.read_options(r.options)
 
 
 def _write_attended(answers: tuple[Attended, ...]) -> Message:
-    return pb.AttendResponse(answers=[m.write_attended(answer) for answer in answers])
+    message = pb.AttendResponse()
+    for answer in answers:
+        m.write_attended(answer, message.answers.add())
+    return message
 
 
 def _write_found(answers: tuple[TopTokens, ...]) -> Message:
-    return pb.SearchResponse(answers=[m.write_top_tokens(answer) for answer in answers])
+    message = pb.SearchResponse()
+    for answer in answers:
+        m.write_top_tokens(answer, message.answers.add())
+    return message
 
 
 def answer_bytes(verb: v.Verb[Any]) -> int:
@@ -498,7 +505,7 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = dict(
             v.Attend,
             pb.AttendRequest,
             pb.AttendResponse,
-            lambda verb: pb.AttendRequest(**_write_attend(verb)),
+            lambda verb: _write_attend(verb, pb.AttendRequest()),
             lambda r: v.Attend(*_read_attend(r)),
             _write_attended,
             lambda r: tuple(map(m.read_attended, r.answers)),
@@ -507,7 +514,7 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = dict(
             v.Search,
             pb.SearchRequest,
             pb.SearchResponse,
-            lambda verb: pb.SearchRequest(**_write_attend(verb)),
+            lambda verb: _write_attend(verb, pb.SearchRequest()),
             lambda r: v.Search(*_read_attend(r)),
             _write_found,
             lambda r: tuple(map(m.read_top_tokens, r.answers)),

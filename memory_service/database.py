@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memory_service.errors import DataLoss, FailedPrecondition, FotError, Internal, ResourceExhausted
 from memory_service.schema import APPLICATION_ID, DIGESTED, SCHEMA
@@ -20,6 +20,8 @@ from memory_service.vfs import StorageFailed, Vfs
 
 SQLITE_VERSION = sqlite3.sqlite_version
 _DAMAGED = "the catalogue is damaged ({}); run `fot verify --rebuild-catalog` to rebuild it from the segments"
+RESERVE_BYTES = 4 << 20
+T = TypeVar("T")
 Value = str | int | float | bytes | None
 Row = tuple[Any, ...]
 
@@ -27,8 +29,10 @@ Row = tuple[Any, ...]
 class Database:
     """One open database. Full disk: ResourceExhausted, nothing changed. I/O error: StorageFailed, outcome unknown."""
 
-    def __init__(self, db: sqlite3.Connection, vfs: Vfs, on_commit: Callable[[], None] | None):
+    def __init__(self, db: sqlite3.Connection, vfs: Vfs, reserve: Path | None, on_commit: Callable[[], None] | None):
+        """Use `Database.open`."""
         self._db = db
+        self._reserve = reserve
         self._vfs = vfs
         self._on_commit = on_commit
         self._lock = threading.RLock()
@@ -52,9 +56,11 @@ class Database:
         except BaseException:
             db.close()
             raise
+        found = cls(db, vfs, path.with_name(path.name + "-reserve") if path else None, on_commit)
+        found.keep_reserve()
         if on_commit:
             on_commit()
-        return cls(db, vfs, on_commit)
+        return found
 
     def close(self) -> None:
         """Close the connection; SQLite folds the WAL into the file."""
@@ -99,6 +105,25 @@ class Database:
                 raise
             if self._on_commit:
                 self._on_commit()
+
+    def with_reserve(self, work: Callable[[], T]) -> T:
+        """Run a transaction that will free space; on a full disk, once more with the room kept back for it."""
+        try:
+            return work()
+        except ResourceExhausted:
+            if self._reserve is None:
+                raise
+            self._vfs.unlink(self._reserve)
+            try:
+                return work()
+            finally:
+                self.keep_reserve()
+
+    def keep_reserve(self) -> None:
+        """Keep room back, so that deleting works on a full disk; if the disk is full now, some other time."""
+        if self._reserve is not None and self._reserve.name not in self._vfs.list_directory(self._reserve.parent):
+            with suppress(ResourceExhausted):
+                self._vfs.close(self._vfs.create(self._reserve, RESERVE_BYTES))
 
     def backup(self, path: Path) -> None:
         """Write a consistent copy, durable on return; a crash leaves the copy that was there before."""

@@ -57,7 +57,9 @@ class Documents:
                     if not staging.received:
                         ids = None if one.token_ids is None else one.token_ids[piece]
                         staging.fill(one.keys[:, :, piece], one.values[:, :, piece], ids)
-            return self._commit(upload)
+            info = self._commit(upload)
+            self._uploads.forget(upload)
+            return info
         except BaseException:
             self._uploads.abort(tenant, upload.id)
             raise

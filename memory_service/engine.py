@@ -135,6 +135,8 @@ class _Call:
         self.memory, self.sessions, self.layer, self.family = memory, sessions, layer, family
         self.options, self.arena, self.cancel = options, arena, cancel
         self.provenance = Provenance()
+        # Read once: sessions grow meanwhile, and every pass must see the same tokens.
+        self.lengths = {name: session.tokens[layer] for name, session in sessions.items()}
 
     def answers(self) -> Iterator[tuple[_Member, Attended]]:
         """The answer of every member."""
@@ -205,9 +207,9 @@ class _Call:
         yield from self._cold_chunks(plan.cold)
 
     def _session_chunks(self, member: _Member) -> Iterator[Chunk]:
-        for scope in member.group.scope.sessions:
-            session = self.sessions[scope.id]
-            for slab, runs, first in session.parts(self.layer, scope.until):
+        for name, length in self._seen(member).items():
+            session = self.sessions[name]
+            for slab, runs, first in session.parts(self.layer, length):
                 names = [session_source(session.id)]
 
                 def locate(
@@ -216,6 +218,14 @@ class _Call:
                     return np.zeros(len(rows), np.int64), rows + first, names
 
                 yield slab.chunk(self.layer, runs, self.provenance.base(locate))
+
+    def _seen(self, member: _Member) -> dict[str, int]:
+        """How many tokens of each session the member's scope shows; a session named twice counts once."""
+        seen: dict[str, int] = {}
+        for scope in member.group.scope.sessions:
+            length = self.lengths[scope.id]
+            seen[scope.id] = max(seen.get(scope.id, 0), length if scope.until is None else min(length, scope.until))
+        return seen
 
     def _cold_chunks(self, documents: Sequence[LiveDocument]) -> Iterator[Chunk]:
         """Cold documents from disk, many small ones together; each chunk reuses the memory of the one before."""
@@ -299,10 +309,7 @@ class _Call:
         heads, count, dim = member.group.queries.shape
         output = partial.output.reshape(heads, count, dim).to(self.options.output_dtype.torch).cpu()
         lse = partial.lse.reshape(heads, count).cpu()
-        tokens = self.family.plan.tokens
-        for scope in member.group.scope.sessions:
-            length = self.sessions[scope.id].tokens[self.layer]
-            tokens += length if scope.until is None else min(length, scope.until)
+        tokens = self.family.plan.tokens + sum(self._seen(member).values())
         return Attended(output, lse, Coverage(tokens, tokens), name, top, attribution, measured)
 
 

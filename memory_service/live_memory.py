@@ -62,6 +62,7 @@ class LiveMemory:
         self.files = files
         self.documents: dict[str, LiveDocument] = {}
         self.segments: dict[int, SegmentRef] = {}
+        self._retiring: dict[int, SegmentRef] = {}  # Compacted, but known to a reader.
         self.slabs: list[Slab] = []
         self.units: tuple[IndexUnit, ...] = ()
         self.tokens = 0
@@ -171,7 +172,7 @@ class LiveMemory:
         per_token = self.spec.bytes_per_token // len(self.spec.layers)
         step = max(1, _PIECE_BYTES // per_token)
         for segment, part in document.row.parts:
-            ref = self.segments[segment]
+            ref = self._segment(segment)
             header = ref.parts[part].header
             start, stop = max(first, header.first_token), min(first + count, header.first_token + header.tokens)
             for at in range(start, stop, step):
@@ -180,6 +181,9 @@ class LiveMemory:
                 keys = self.files.read_tensor(*place, "keys", layer, at - header.first_token, size)
                 values = self.files.read_tensor(*place, "values", layer, at - header.first_token, size)
                 yield at, keys, values
+
+    def _segment(self, pk: int) -> SegmentRef:
+        return self.segments.get(pk) or self._retiring[pk]
 
     def read(self, document: LiveDocument, layer: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [H, T, D] and ids [T] of a document's tokens, from RAM if they are there."""
@@ -194,7 +198,7 @@ class LiveMemory:
         assert self.files is not None, "what is not durable is in RAM"
         found: list[Tensor] = []
         for segment, part in document.row.parts:
-            ref = self.segments[segment]
+            ref = self._segment(segment)
             header = ref.parts[part].header
             start, stop = max(first, header.first_token), min(first + count, header.first_token + header.tokens)
             if start < stop:
@@ -235,7 +239,7 @@ class LiveMemory:
     def promote(self, document: LiveDocument) -> bool:
         """Bring a cold document into RAM if the budget allows. Raises DataLoss if its bytes are damaged."""
         size = document.row.tokens * self.spec.bytes_per_token
-        if document.spans or not document.row.tokens or not self._residency.take(size, self):
+        if self.deleted or document.spans or not document.row.tokens or not self._residency.take(size, self):
             return False
         self._charged += size
         try:
@@ -276,13 +280,17 @@ class LiveMemory:
         """Write slabs anew of which more than half is dead."""
         for slab in [one for one in self.slabs if one.dead * 2 > max(one.used) > 0]:
             with self._state:
-                self.slabs.remove(slab)
+                if slab is self.slabs[-1]:  # New rows must go elsewhere.
+                    self.slabs.append(Slab(self.spec, self._slab_rows, self._device))
                 affected = [d for d in self.documents.values() if any(known is slab for known, _ in d.spans)]
-            for document in affected:
-                fresh = [(run, self._move(slab, run)) for known, run in document.spans if known is slab]
-                with self._state:
-                    self._replace_spans(document, slab, dict(fresh))
-            with self._state:
+            moved = [
+                (document, {run: self._move(slab, run) for known, run in document.spans if known is slab})
+                for document in affected
+            ]
+            with self._state:  # At once: a query in between would miss tokens.
+                self.slabs.remove(slab)
+                for document, fresh in moved:
+                    self._replace_spans(document, slab, fresh)
                 self._changed()
             self._settle()
 
@@ -298,6 +306,9 @@ class LiveMemory:
                     if document and document.row.generation == part.header.generation:
                         row = _moved(document.row, part.header.part, (pk, place))
                         self.documents[row.id] = replace(document, row=row)
+            for pk in dropped:
+                self._retiring[pk] = self.segments[pk]  # Readers take no lock: it is always in one of the two.
+                del self.segments[pk]
             self._changed()
             self._retire(lambda: self._drop_segments(dropped, release))
         self._release()
@@ -321,7 +332,7 @@ class LiveMemory:
 
     def _drop_segments(self, dropped: Sequence[int], release: Callable[[], None]) -> None:
         for pk in dropped:
-            self.segments.pop(pk, None)
+            del self._retiring[pk]
         release()
 
     def _write(self, keys: Tensor, values: Tensor, ids: Tensor | None) -> list[tuple[Slab, Run]]:
@@ -348,16 +359,21 @@ class LiveMemory:
     def _copy_in(self, document: LiveDocument) -> list[tuple[Slab, Run]]:
         spans: list[tuple[Slab, Run]] = []
         step = max(1, _PIECE_BYTES // self.spec.bytes_per_token)
-        for first in range(0, document.row.tokens, step):
-            count = min(step, document.row.tokens - first)
-            pieces = [list(self.read_cold(document, layer, first, count)) for layer in range(len(self.spec.layers))]
-            keys = torch.stack([torch.cat([keys for _, keys, _ in layer], dim=1) for layer in pieces])
-            values = torch.stack([torch.cat([values for *_, values in layer], dim=1) for layer in pieces])
-            for slab, run in self._write(keys, values, self._read_cold_ids(document, first, count)):
-                if spans and spans[-1][0] is slab and spans[-1][1][1] == run[0]:
-                    spans[-1] = (slab, (spans[-1][1][0], run[1]))
-                else:
-                    spans.append((slab, run))
+        try:
+            for first in range(0, document.row.tokens, step):
+                count = min(step, document.row.tokens - first)
+                pieces = [list(self.read_cold(document, layer, first, count)) for layer in range(len(self.spec.layers))]
+                keys = torch.stack([torch.cat([keys for _, keys, _ in layer], dim=1) for layer in pieces])
+                values = torch.stack([torch.cat([values for *_, values in layer], dim=1) for layer in pieces])
+                for slab, run in self._write(keys, values, self._read_cold_ids(document, first, count)):
+                    if spans and spans[-1][0] is slab and spans[-1][1][1] == run[0]:
+                        spans[-1] = (slab, (spans[-1][1][0], run[1]))
+                    else:
+                        spans.append((slab, run))
+        except BaseException:
+            for slab, run in spans:
+                slab.dead += run[1] - run[0]
+            raise
         return spans
 
     def _move(self, slab: Slab, run: Run) -> list[tuple[Slab, Run]]:
@@ -398,7 +414,7 @@ class LiveMemory:
 
     def _settle(self) -> None:
         """Make what the budget was charged equal to what is in RAM."""
-        if self.files is not None:
+        if self.files is not None and not self.deleted:  # `close` gave back what a deleted memory held.
             actual = self.resident_bytes
             self._residency.give(self._charged - actual)
             self._charged = actual

@@ -320,15 +320,15 @@ class _FilterReader:
         return Condition(message.key, compare, tuple(read_scalar(value) for value in message.values))
 
 
-def write_scope(scope: Scope) -> pb.Scope:
-    message = pb.Scope()
+def write_scope(scope: Scope, message: pb.Scope) -> None:
+    """Fill a part of a message."""
     if scope.documents is not None:
         message.documents.SetInParent()  # Present, even if empty: no documents is not all documents.
         message.documents.ids.extend(scope.documents)
     if scope.where is not None:
         message.where.CopyFrom(write_filter(scope.where))
-    message.sessions.extend(pb.SessionScope(id=one.id, until=one.until) for one in scope.sessions)
-    return message
+    for one in scope.sessions:
+        message.sessions.add(id=one.id, until=one.until)
 
 
 def read_scope(message: pb.Scope) -> Scope:
@@ -343,18 +343,19 @@ def read_scope(message: pb.Scope) -> Scope:
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 
-def write_options(options: AttendOptions) -> pb.AttendOptions:
-    return pb.AttendOptions(
-        top_k=options.top_k,
-        engine=ENGINE[options.engine],
-        scale=options.scale,
-        logit_gap=options.logit_gap,
-        search=options.search,
-        tokens=options.tokens,
-        attribution=options.attribution,
-        measure=options.measure,
-        output_dtype=DTYPE[options.output_dtype],
-    )
+def write_options(options: AttendOptions, message: pb.AttendOptions) -> None:
+    """Fill a part of a message."""
+    message.top_k = options.top_k
+    message.engine = ENGINE[options.engine]
+    if options.scale is not None:
+        message.scale = options.scale
+    if options.logit_gap is not None:
+        message.logit_gap = options.logit_gap
+    message.search.update(options.search)
+    message.tokens = options.tokens
+    message.attribution = options.attribution
+    message.measure = options.measure
+    message.output_dtype = DTYPE[options.output_dtype]
 
 
 def read_options(message: pb.AttendOptions) -> AttendOptions:
@@ -371,22 +372,23 @@ def read_options(message: pb.AttendOptions) -> AttendOptions:
     )
 
 
-def write_group(group: AttendGroup) -> pb.AttendGroup:
-    return pb.AttendGroup(scope=write_scope(group.scope), queries=write_tensor(group.queries))
+def write_group(group: AttendGroup, message: pb.AttendGroup) -> None:
+    """Fill a part of a message."""
+    write_scope(group.scope, message.scope)
+    write_tensor(group.queries, message.queries)
 
 
 def read_group(message: pb.AttendGroup) -> AttendGroup:
     return AttendGroup(read_scope(message.scope), read_tensor(message.queries, "queries", "[G, Q, D]"))
 
 
-def write_top_tokens(tokens: TopTokens) -> pb.TopTokens:
-    return pb.TopTokens(
-        sources=tokens.sources,
-        source=write_tensor(tokens.source),
-        offset=write_tensor(tokens.offset),
-        score=write_tensor(tokens.score),
-        weight=write_tensor(tokens.weight),
-    )
+def write_top_tokens(tokens: TopTokens, message: pb.TopTokens) -> None:
+    """Fill a part of a message."""
+    message.sources.extend(tokens.sources)
+    write_tensor(tokens.source, message.source)
+    write_tensor(tokens.offset, message.offset)
+    write_tensor(tokens.score, message.score)
+    write_tensor(tokens.weight, message.weight)
 
 
 def read_top_tokens(message: pb.TopTokens) -> TopTokens:
@@ -394,40 +396,46 @@ def read_top_tokens(message: pb.TopTokens) -> TopTokens:
         sources=tuple(message.sources),
         source=read_tensor(message.source, "source", "[G, Q, K]", (torch.int32,)),
         offset=read_tensor(message.offset, "offset", "[G, Q, K]", (torch.int64,)),
-        score=read_tensor(message.score, "score", "[G, Q, K]", finite=False),
-        weight=read_tensor(message.weight, "weight", "[G, Q, K]", finite=False),
+        score=read_tensor(message.score, "score", "[G, Q, K]"),
+        weight=read_tensor(message.weight, "weight", "[G, Q, K]"),
     )
 
 
-def write_attended(answer: Attended) -> pb.Attended:
-    message = pb.Attended(
-        output=write_tensor(answer.output),
-        lse=write_tensor(answer.lse),
-        coverage=pb.Coverage(searched=answer.coverage.searched, in_scope=answer.coverage.in_scope),
-        engine=answer.engine,
-    )
+def write_attended(answer: Attended, message: pb.Attended) -> None:
+    """Fill a part of a message."""
+    write_tensor(answer.output, message.output)
+    write_tensor(answer.lse, message.lse)
+    message.coverage.searched = answer.coverage.searched
+    message.coverage.in_scope = answer.coverage.in_scope
+    message.engine = answer.engine
     if answer.tokens is not None:
-        message.tokens.CopyFrom(write_top_tokens(answer.tokens))
+        write_top_tokens(answer.tokens, message.tokens)
     if answer.attribution is not None:
         message.attribution.SetInParent()
-        message.attribution.masses.extend(pb.Attribution(source=o.source, mass=o.mass) for o in answer.attribution)
+        for one in answer.attribution:
+            message.attribution.masses.add(source=one.source, mass=one.mass)
     if answer.measured is not None:
-        measured = answer.measured
-        message.measured.CopyFrom(pb.Measured(recall=measured.recall, captured_mass=measured.captured_mass))
-    return message
+        message.measured.recall = answer.measured.recall
+        message.measured.captured_mass = answer.measured.captured_mass
+        message.measured.SetInParent()
 
 
 def read_attended(message: pb.Attended) -> Attended:
-    masses = tuple(Attribution(one.source, one.mass) for one in message.attribution.masses)
-    measured = Measured(message.measured.recall, message.measured.captured_mass)
+    tokens = attribution = measured = None
+    if message.HasField("tokens"):
+        tokens = read_top_tokens(message.tokens)
+    if message.HasField("attribution"):
+        attribution = tuple(Attribution(one.source, one.mass) for one in message.attribution.masses)
+    if message.HasField("measured"):
+        measured = Measured(message.measured.recall, message.measured.captured_mass)
     return Attended(
-        output=read_tensor(message.output, "output", "[G, Q, D]", finite=False),
-        lse=read_tensor(message.lse, "lse", "[G, Q]", finite=False),
+        output=read_tensor(message.output, "output", "[G, Q, D]"),
+        lse=read_tensor(message.lse, "lse", "[G, Q]"),
         coverage=Coverage(message.coverage.searched, message.coverage.in_scope),
         engine=message.engine,
-        tokens=read_top_tokens(message.tokens) if message.HasField("tokens") else None,
-        attribution=masses if message.HasField("attribution") else None,
-        measured=measured if message.HasField("measured") else None,
+        tokens=tokens,
+        attribution=attribution,
+        measured=measured,
     )
 
 

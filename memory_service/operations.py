@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from memory_service.catalog import Catalog
-from memory_service.errors import Cancelled, FotError, NotFound
+from memory_service.errors import Cancelled, FotError, NotFound, ResourceExhausted
 from memory_service.types import Cancel, Operation, OperationKind, OperationState
+from memory_service.vfs import StorageFailed
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,10 @@ _KEPT = 1000  # Finished operations remembered.
 class Operations:
     """Runs work two at a time. Thread-safe; `close` cancels what runs and waits for it."""
 
-    def __init__(self, catalog: Catalog):
+    def __init__(self, catalog: Catalog, storage_failed: Callable[[StorageFailed], None]):
+        """`storage_failed` hears of an I/O error that ends all writing."""
         self._catalog = catalog
+        self._storage_failed = storage_failed
         self._lock = threading.Lock()
         self._all: dict[str, tuple[str, Operation]] = {}  # By id: tenant, operation; oldest first.
         self._cancels: dict[str, Cancel] = {}
@@ -49,7 +52,14 @@ class Operations:
             for old in [key for key, (_, one) in self._all.items() if one.state is not OperationState.RUNNING][:-_KEPT]:
                 del self._all[old]
             cancel = self._cancels[operation.id] = Cancel()
-        self._catalog.save_operation(tenant, operation)
+        try:
+            self._catalog.save_operation(tenant, operation)
+        except ResourceExhausted as error:  # Compaction is what a full disk needs.
+            log.warning("a restart will not remember operation %s: %s", operation.id, error.message)
+        except BaseException:
+            with self._lock:
+                del self._all[operation.id], self._cancels[operation.id]
+            raise
         self._pool.submit(self._run, tenant, operation, work, cancel)
         return operation
 
@@ -97,6 +107,7 @@ class Operations:
         except Cancelled:
             message, state = "cancelled", OperationState.CANCELLED
         except FotError as error:
+            self._heed(error)
             message, state = error.message, OperationState.FAILED
         except Exception:
             log.exception("operation %s on memory %s failed", operation.kind.value, operation.memory)
@@ -107,7 +118,12 @@ class Operations:
         try:
             self._catalog.save_operation(tenant, ended)
         except FotError as error:
+            self._heed(error)
             log.warning("could not remember operation %s: %s", operation.id, error.message)
+
+    def _heed(self, error: FotError) -> None:
+        if isinstance(error, StorageFailed):
+            self._storage_failed(error)
 
     def _update(self, operation_id: str, **changes: object) -> Operation:
         with self._lock:

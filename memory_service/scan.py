@@ -97,7 +97,8 @@ def load(keys: Tensor, ranges: list[tuple[int, int]], out: Tensor) -> Tensor:
 def block_size(rows: int, dim: int) -> int:
     """Keys of one block: a multiple of GROUP²."""
     size = BLOCK_ELEMENTS // max(rows, dim)
-    return min(max(size // 256 * 256, 512), 4096)
+    # With few rows there is little arithmetic to a block, and the calls around it would cost more than it.
+    return min(max(size // 256 * 256, 512), 4096 if rows >= FEW_ROWS else 16384)
 
 
 def group_maxima(chunk: Chunk, heads: slice, queries: Tensor, arena: Arena, cancel: Cancel) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,8 @@ def survivors(maxima: Tensor, error: Tensor, top_k: int, floor: Tensor) -> tuple
     supers = maxima.view(h, groups // GROUP, GROUP, queries)
     best = supers.amax(2).mT.contiguous()  # [h, R, supers]
     # Any k groups' lower bounds hold k different keys: the k-th highest of them is a floor for the k-th best score.
-    if best.shape[2] >= top_k:
+    # A tight one needs many more groups than k, else good keys share a group and their seconds are not seen.
+    if best.shape[2] >= 4 * top_k:
         level = best.topk(top_k, dim=2, sorted=False).values.amin(2)
     elif groups >= top_k:
         level = maxima.topk(top_k, dim=1, sorted=False).values.amin(1)

@@ -28,7 +28,6 @@ from memory_service.verbs import (
     CreateMemory,
     DeleteDocument,
     DeleteMemory,
-    Fetch,
     GetUpload,
     ListDocuments,
     ListMemories,
@@ -45,7 +44,7 @@ Answer = TypeVar("Answer")
 PIPELINE = 4  # Chunks of one stream on their way to the disk.
 CHUNK_BYTES = 1 << 20
 _MESSAGE_MARGIN = 64 << 10  # Of an answer, beside its tensors.
-_ATTEND = (Attend, Search, Fetch, AppendSessions, OpenSession, RenewSession, CloseSession)
+_ATTEND = (Attend, Search, AppendSessions, OpenSession, RenewSession, CloseSession)
 _INGEST = (PutDocument, BeginUpload, GetUpload, CommitUpload, AbortUpload, DeleteDocument, CreateMemory, DeleteMemory)
 _LISTINGS = (ListMemories, ListDocuments, ListOperations)
 
@@ -76,6 +75,8 @@ class Service:
             "upload", settings.upload_threads, settings.uploads * PIPELINE, settings.ingest_bytes, metrics
         )
         self._admin = Pool("admin", settings.admin_threads, queue, settings.attend_bytes, metrics)
+        # Fetches hold their answer until a possibly slow reader took it; that must not keep others waiting.
+        self._fetch = Pool("fetch", settings.admin_threads, queue, settings.attend_bytes, metrics)
         self._uploads = 0
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -86,21 +87,21 @@ class Service:
         for kind, rpc in RPCS.items():
             pool = self._attend if kind in _ATTEND else self._ingest if kind in _INGEST else self._admin
             if rpc.streamed:
-                handlers[rpc.name] = grpc.unary_stream_rpc_method_handler(self._streaming(rpc, pool))
+                handlers[rpc.name] = grpc.unary_stream_rpc_method_handler(self._streaming(rpc, self._fetch))
             else:
                 handlers[rpc.name] = grpc.unary_unary_rpc_method_handler(self._unary(rpc, pool))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def close(self) -> None:
         """Let running work finish and drop the rest."""
-        for pool in (self._attend, self._ingest, self._upload, self._admin):
+        for pool in (self._attend, self._ingest, self._upload, self._admin, self._fetch):
             pool.close()
 
     # --- One request -------------------------------------------------------------------------------------------------
 
     def _unary(self, rpc: Rpc, pool: Pool) -> Callable[[bytes, Call], Any]:
         async def answer(raw: bytes, call: Call) -> bytes:
-            cancel = self._cancel(call)
+            cancel = Cancel(self._timeout_s(call))
 
             def work() -> bytes:
                 verb = self._decode(rpc, raw, call.identity, cancel)
@@ -117,31 +118,36 @@ class Service:
 
     def _streaming(self, rpc: Rpc, pool: Pool) -> Callable[[bytes, Call], Any]:
         async def answer(raw: bytes, call: Call) -> None:
-            cancel = self._cancel(call)
-            scratch_bytes = 0
+            timeout_s = self._timeout_s(call)
+            cancel = Cancel(timeout_s)
+            held_bytes = 0
 
             def work() -> list[bytes]:
-                nonlocal scratch_bytes
+                nonlocal held_bytes
                 verb = self._decode(rpc, raw, call.identity, cancel)
-                wanted = self._store.estimate(call.identity, verb)
-                pool.reserve(wanted, cancel)
-                scratch_bytes = wanted
-                return list(rpc.encode_pieces(self._store.run(call.identity, verb, cancel)))
+                pieces = list(rpc.encode_pieces(self._store.run(call.identity, verb, cancel)))
+                answer_bytes = sum(map(len, pieces))
+                pool.reserve(answer_bytes, cancel)
+                held_bytes = answer_bytes
+                return pieces
 
             future = pool.submit(work, len(raw))
             try:
-                for piece in await _result(asyncio.shield(future), cancel):
-                    await call.context.write(piece)
+                async with asyncio.timeout(timeout_s):
+                    for piece in await _result(asyncio.shield(future), cancel):
+                        await call.context.write(piece)
+            except TimeoutError:
+                raise DeadlineExceeded("the answer was not read in time; ask for fewer tokens at once") from None
             finally:
-                # The answer is held until it is sent, or until the thread that makes it for nobody is done.
-                future.add_done_callback(lambda _: pool.release(scratch_bytes))
+                # Held until it is sent, or until the thread that makes it for nobody is done.
+                future.add_done_callback(lambda _: pool.release(held_bytes))
 
         return answer
 
-    def _cancel(self, call: Call) -> Cancel:
+    def _timeout_s(self, call: Call) -> float:
         given_s: Any = call.context.time_remaining()  # None without a deadline, which its type does not say.
         timeout_s = self._settings.default_timeout_s if given_s is None else given_s
-        return Cancel(min(timeout_s, self._settings.max_timeout_s))
+        return float(min(timeout_s, self._settings.max_timeout_s))
 
     def _decode(self, rpc: Rpc, raw: bytes, identity: Identity, cancel: Cancel) -> Verb[Any]:
         cancel.check()  # It may have waited in the queue for longer than the caller did.

@@ -7,6 +7,7 @@ import threading
 import time
 
 import torch
+from torch import Tensor
 
 from memory_service.errors import InvalidArgument, QuotaExceeded, ResourceExhausted, SessionExpired
 from memory_service.settings import StoreOptions
@@ -65,8 +66,10 @@ class Session:
                 raise InvalidArgument(f"{name} must be {self.spec.dtype.value} like the memory, got {tensor.dtype}")
             if not is_finite(tensor):
                 raise InvalidArgument(f"{name} hold NaN or infinity; nothing was appended")
-        if append.token_ids is not None and tuple(append.token_ids.shape) != (shape[2],):
-            raise InvalidArgument(f"token_ids must be [{shape[2]}], got {list(append.token_ids.shape)}")
+        if append.token_ids is not None:
+            _check_ids(append.token_ids, shape[2])
+        if append.first_token < 0:
+            raise InvalidArgument(f"first_token must be ≥ 0, got {append.first_token}")
         lengths = {self.tokens[layer] for layer in layers}
         if len(lengths) > 1:
             raise InvalidArgument(f"the layers of one append must have equal lengths, they have {sorted(lengths)}")
@@ -109,6 +112,13 @@ class Session:
     def spans(self, layer: int) -> list[tuple[Slab, Run]]:
         """Where the tokens of a layer (by index) stand, in order."""
         return [(slab, run) for slab, runs, _ in self.parts(layer, None) for run in runs]
+
+
+def _check_ids(ids: Tensor, tokens: int) -> None:
+    if tuple(ids.shape) != (tokens,) or ids.is_floating_point():
+        raise InvalidArgument(f"token_ids must be {tokens} integers, got {ids.dtype} {list(ids.shape)}")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise InvalidArgument("token_ids must be 0 to 2^32 - 1")
 
 
 class Sessions:

@@ -71,10 +71,8 @@ class Slab:
             norms[layer] = torch.maximum(norms[layer], largest_norms(keys[place]))
             self.used[layer] = first + tokens
         self._norms = norms
-        if ids is not None:
+        if ids is not None:  # Rows begin as zeros; what another layer's append wrote stays.
             self._ids[rows] = ids
-        else:
-            self._ids[rows] = 0
 
     def admit(self, source: str, offset: int, run: Run) -> None:
         """Make written rows live: they hold tokens `offset`… of this document."""

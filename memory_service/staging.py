@@ -36,6 +36,7 @@ class Staging:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._crcs: list[int | None] = [None] * layout.chunks
+        self._unwanted = False
         self._ended = ""  # What happened to it, once nothing can be written any more.
 
     @property
@@ -121,19 +122,19 @@ class Staging:
                 while plane:
                     room = CHUNK_BYTES - offset % CHUNK_BYTES
                     piece, plane = plane[:room], plane[room:]
-                    self.payload.write(piece, offset)
                     self._check_finite(piece, offset)
+                    self.payload.write(piece, offset)
                     crc, offset = zlib.crc32(piece, crc), offset + len(piece)
                     if offset % CHUNK_BYTES == 0 or offset == self.nbytes:
                         self._note((offset - 1) // CHUNK_BYTES, crc)
                         crc = 0
 
     def discard(self) -> None:
-        """Forget the part and free its room; nothing happens if it has ended or is being sealed."""
+        """Forget the part and free its room: at once, or if the seal in progress fails. Harmless if it has ended."""
         with self._lock:
-            if self._ended:
-                return
-            self._end("was dropped", remove=True)
+            self._unwanted = True
+            if not self._ended:
+                self._end("was dropped", remove=True)
 
     def begin_seal(self) -> None:
         """Take no more bytes; FailedPrecondition if chunks are missing or the upload has ended."""
@@ -148,6 +149,8 @@ class Staging:
         with self._lock:
             if sealed:
                 self._end("was committed", remove=False)
+            elif self._unwanted:
+                self._end("was dropped", remove=True)
             else:
                 self._ended = ""
 
@@ -167,9 +170,7 @@ class Staging:
         if floats and (
             np.frombuffer(floats, signed).max() >= infinity or np.frombuffer(floats, unsigned).max() >= minus_infinity
         ):
-            raise InvalidArgument(
-                f"keys or values hold NaN or infinity near byte {offset} of the part"
-            )
+            raise InvalidArgument(f"keys or values hold NaN or infinity near byte {offset} of the part")
 
     def _note(self, chunk: int, crc: int) -> None:
         self._crcs[chunk] = crc

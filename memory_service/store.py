@@ -88,7 +88,7 @@ class Store:
         self._residency = Residency(options.resident_bytes)
         self._sessions = Sessions(options, self._device)
         self._documents = Documents(catalog, files, options, self._tenant_bytes, self._storage_failed)
-        self._operations = Operations(catalog)
+        self._operations = Operations(catalog, self._storage_failed)
         self._upkeep = Upkeep(catalog, files, vfs, root)
         self._arenas = threading.local()
         self._closing = threading.Event()
@@ -119,7 +119,9 @@ class Store:
             verbs.CancelOperation: self._cancel_operation,
         }
         chores = (self._documents.expire, self._sessions.expire, self._prune)
-        self._background = Background(self._live, self._upkeep, self._operations, self._writable, chores)
+        self._background = Background(
+            self._live, self._upkeep, self._operations, self._writable, chores, self._storage_failed
+        )
         self._pruned = time.monotonic()
 
     # --- Life -------------------------------------------------------------------------------------------------------
@@ -177,6 +179,11 @@ class Store:
         return store
 
     def _load(self, row: MemoryRow) -> LiveMemory:
+        if self._files is not None:
+            # A rebuilt catalogue does not know the generations of documents that compaction left no trace of: a new
+            # document of the same id must not get one the log says was deleted.
+            deleted = [number for (key, _), number in self._files.tombstones.entries.items() if key == row.key]
+            row = replace(row, next_generation=max([row.next_generation, *(number + 1 for number in deleted)]))
         memory = LiveMemory(row, self._files, self._residency, self._device)
         segments = [(one.pk, one.ref) for one in self._catalog.segments(row.key)]
         memory.publish(self._catalog.documents(row.key), segments)
@@ -292,6 +299,8 @@ class Store:
             if self._files is not None:
                 self._files.drop_memory(key)
             self._catalog.forget_memory(key)
+        except StorageFailed as error:
+            self._storage_failed(error)
         except FotError as error:
             log.warning("could not remove a deleted memory's files yet: %s", error.message)
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from memory_service import index
 from memory_service.catalog import Catalog
-from memory_service.errors import DataLoss
+from memory_service.errors import DataLoss, FotError
 from memory_service.index import IndexedDocument, IndexUnit
 from memory_service.live_memory import LiveDocument, LiveMemory
 from memory_service.parts import CHUNK_BYTES, PartHeader, PartRef, SegmentRef
 from memory_service.segments import SegmentFiles
 from memory_service.staging import Staging
 from memory_service.types import Cancel
-from memory_service.vfs import Vfs
+from memory_service.vfs import StorageFailed, Vfs
 
 Progress = Callable[[int, int], None]  # Units done, units in all.
 
@@ -193,7 +193,14 @@ class Upkeep:
                 for _, staging in stagings:
                     staging.discard()
                 raise
-            rows = self._catalog.compact(key, refs, batch)
+            try:
+                rows = self._catalog.compact(key, refs, batch)
+            except StorageFailed:
+                raise  # Whether the transaction took effect is not known: touch nothing, the next open decides.
+            except FotError:
+                for ref in refs:
+                    files.remove(key, ref.path, durable=True)
+                raise
 
             def release() -> None:
                 for ref in old:

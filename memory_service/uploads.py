@@ -159,6 +159,11 @@ class Uploads:
             if upload is not None and upload.tenant == tenant and upload.committed is None:
                 self._drop(upload)
 
+    def forget(self, upload: PendingUpload) -> None:
+        """Stop keeping a committed upload nobody will ask for by its id: every begin walks over all that are kept."""
+        with self._lock:
+            self._pending.pop(upload.id, None)
+
     def abort_memory(self, memory: LiveMemory) -> None:
         """Drop every upload into a deleted memory."""
         with self._lock:

@@ -66,9 +66,7 @@ def serve(
         store=_given(device=device, resident_bytes=_bytes(resident), session_bytes=_bytes(sessions)),
     )
     if settings.data is None:
-        raise typer.BadParameter(
-            f"say where to keep the data: fot serve DIRECTORY, or fot serve {IN_MEMORY} to forget it"
-        )
+        raise typer.BadParameter(f"say where to keep the data, as in fot serve ./data; {IN_MEMORY} forgets it")
     configure(settings.log_level, settings.log_format)
     _allow_many_files()
     data = None if str(settings.data) == IN_MEMORY else settings.data

@@ -95,7 +95,10 @@ class RemotePlace:
         except grpc.RpcError as error:
             if isinstance(step, Connect):
                 return _answered(error, self.target)
-            raise _read_error(error, self.target) from None
+            raise self._read_error(error) from None
+
+    def _read_error(self, error: grpc.RpcError) -> FotError:
+        return read_rpc_error(error, self.target) if self._open else closed(self.target)
 
     def _method(self, rpc: Rpc) -> Any:
         return (self._channel.unary_stream if rpc.streamed else self._channel.unary_unary)(rpc.path, None, None)
@@ -157,18 +160,24 @@ class AsyncRemotePlace:
         except grpc.RpcError as error:
             if isinstance(step, Connect):
                 return _answered(error, self.target)
-            raise _read_error(error, self.target) from None
+            raise self._read_error(error) from None
+
+    def _read_error(self, error: grpc.RpcError) -> FotError:
+        return read_rpc_error(error, self.target) if self._open else closed(self.target)
 
     def _method(self, rpc: Rpc) -> Any:
         return (self._channel.unary_stream if rpc.streamed else self._channel.unary_unary)(rpc.path, None, None)
 
 
-def _read_error(error: grpc.RpcError, target: str) -> FotError:
+def read_rpc_error(error: grpc.RpcError, target: str) -> FotError:
     """The error as the service raised it, or what stands between the service and here."""
-    answered = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-    if error.code() is grpc.StatusCode.UNAVAILABLE and not answered:
-        why = (error.details() or "no answer").rpartition(": ")[2]
-        return Unavailable(f"the service at {target} cannot be reached ({why}); is it running there?")
+    if not any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ()):
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            why = (error.details() or "no answer").rpartition(": ")[2]
+            return Unavailable(f"the service at {target} cannot be reached ({why}); is it running there?")
+        # We did not cancel: a server that is shut down does so to the calls that came too late to drain.
+        if error.code() is grpc.StatusCode.CANCELLED:
+            return Unavailable(f"the service at {target} ended the call; it is stopping")
     return read_error(error)
 
 

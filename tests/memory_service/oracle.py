@@ -76,7 +76,13 @@ def document(
 
 
 def put(
-    store: Store, memory: str, one: Document, *, replacing: bool = False, request_id: str = "", model: Fingerprint = MODEL
+    store: Store,
+    memory: str,
+    one: Document,
+    *,
+    replacing: bool = False,
+    request_id: str = "",
+    model: Fingerprint = MODEL,
 ) -> DocumentInfo:
     conflict = Conflict.REPLACE if replacing else Conflict.FAIL
     return store.run(ME, verbs.PutDocument(memory, one, model, conflict, request_id))
@@ -145,7 +151,9 @@ def reference(
     return Partial(weights @ values.to(precision).repeat_interleave(queries.shape[0] // values.shape[0], 0), lse)
 
 
-def scores_of(queries: Tensor, keys: Tensor, scale: float | None = None, precision: torch.dtype = torch.float32) -> Tensor:
+def scores_of(
+    queries: Tensor, keys: Tensor, scale: float | None = None, precision: torch.dtype = torch.float32
+) -> Tensor:
     """[G, Q, N]"""
     wide = keys.to(precision).repeat_interleave(queries.shape[0] // keys.shape[0], 0)
     return queries.to(precision) @ wide.mT * (keys.shape[2] ** -0.5 if scale is None else scale)

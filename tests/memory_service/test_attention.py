@@ -320,9 +320,7 @@ def test_keys_of_zero_length_weigh_the_same(dtype: DType) -> None:
 def test_merged_parts_equal_the_whole() -> None:
     keys, values = (random((2, 900, DIM), seed) for seed in (1, 2))
     queries = random((2, 7, DIM), 3)
-    parts = [
-        attention.attend(queries, keys[:, a:b], values[:, a:b]) for a, b in ((0, 1), (1, 1), (1, 500), (500, 900))
-    ]
+    parts = [attention.attend(queries, keys[:, a:b], values[:, a:b]) for a, b in ((0, 1), (1, 1), (1, 500), (500, 900))]
     assert error(merge(parts), attention.attend(queries, keys, values)) <= F32_BAR
 
 

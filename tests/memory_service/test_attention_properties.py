@@ -285,6 +285,4 @@ def test_splits_and_orders_of_commits_do_not_change_the_answer(
                 ("shuffled", split, Scope()),
                 ("m", [Source(f"session:{session}", whole.keys[layer], whole.values[layer])], Scope.session(session)),
             ):
-                check_exact(
-                    one.store, name, spec, sources, scope, queries, layer=LAYERS[layer], top_k=top_k, note=name
-                )
+                check_exact(one.store, name, spec, sources, scope, queries, layer=LAYERS[layer], top_k=top_k, note=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,7 +69,7 @@ def test_only_the_owner_can_read_the_file(tmp_path: Path) -> None:
     with Catalog.open(tmp_path / "catalog.sqlite") as catalog:
         catalog.create_memory(MEMORY)
         modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in tmp_path.iterdir()}
-    assert modes == {"catalog.sqlite": 0o600, "catalog.sqlite-wal": 0o600}
+    assert modes == {f"catalog.sqlite{part}": 0o600 for part in ("", "-wal", "-reserve")}
 
 
 def test_a_name_is_unique_within_a_tenant_until_the_memory_is_deleted(catalog: Catalog) -> None:
@@ -215,6 +216,36 @@ def test_a_full_disk_changes_nothing_and_passes(catalog: Catalog) -> None:
     assert everything(catalog) == before
     catalog._db.query("PRAGMA max_page_count = 1000000")
     catalog.commit(KEY, [segment("after", part("after", 1000))])
+
+
+def test_deleting_works_on_a_full_disk_and_makes_room(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with Catalog.open(disk / "catalog.sqlite") as catalog:
+            catalog.create_memory(MEMORY)
+            number = 0
+            with pytest.raises(ResourceExhausted):
+                while True:
+                    number += 1
+                    headers = [part(f"{number}.{one}", number) for one in range(50)]
+                    catalog.commit(KEY, [segment(f"s{number}", *headers)])
+            while True:  # Not a page is left.
+                try:
+                    with (disk / "ballast").open("ab", buffering=0) as file:
+                        file.write(bytes(4096))
+                except OSError:
+                    break
+            documents = [row.pk for row in catalog.documents(KEY)]
+            catalog.tombstone(KEY, documents)
+            catalog.compact(KEY, (), [row.pk for row in catalog.segments(KEY)])
+            assert catalog.documents(KEY) == [] == catalog.segments(KEY)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize(

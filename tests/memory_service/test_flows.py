@@ -232,7 +232,5 @@ def test_an_upload_without_progress_is_given_up() -> None:
 
 def test_swapped_dimensions_are_refused_before_anything_is_sent() -> None:
     swapped = Document("d", *torch.zeros(2, 1, 64, 8192, 1, dtype=torch.bfloat16))
-    with pytest.raises(
-        InvalidArgument, match=r"keys must be \[1 layers, 1 kv heads, tokens, 64\]"
-    ):
+    with pytest.raises(InvalidArgument, match=r"keys must be \[1 layers, 1 kv heads, tokens, 64\]"):
         Line([(GetMemory, INFO)]).run(put(swapped))
