@@ -161,7 +161,9 @@ class TopK:
         stored = chunk.keys[head]
         gathered = self.arena.take("gathered", (found.numel(), stored.shape[1]), stored.dtype, stored.device)
         torch.index_select(stored, 0, found.clamp(min=0).flatten(), out=gathered)
-        wide = self.arena.take("wide", (*found.shape, stored.shape[1]), torch.float32, stored.device).view(gathered.shape)
+        wide = self.arena.take("wide", (*found.shape, stored.shape[1]), torch.float32, stored.device).view(
+            gathered.shape
+        )
         keys = wide.copy_(gathered).view(*found.shape, -1)
         scores = (self.queries[head, rows][:, None] @ keys.mT).squeeze(1)
         return scores.masked_fill_(found < 0, -torch.inf)

@@ -40,7 +40,7 @@ def train_centroids(rows: Floats, count: int, nearest: Nearest, seed: int, cance
         sizes = np.bincount(owners, minlength=count)
         sums = torch.zeros(count, rows.shape[1])
         sums.index_add_(0, torch.from_numpy(owners), every)
-        centroids = sums.numpy() / np.maximum(sizes, 1)[:, None].astype(np.float32)
+        centroids = (sums / torch.from_numpy(sizes).clamp_min(1)[:, None]).numpy()
         empty = np.flatnonzero(sizes == 0)
         centroids[empty] = rows[np.argsort(-distances, kind="stable")[: len(empty)]]
     return centroids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 
 from memory_service import messages as m
 from memory_service import verbs as v
+from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, InvalidArgument
 from memory_service.types import (
     MAX_GROUPS,
@@ -297,7 +297,7 @@ def _write_fetched(fetched: Fetched) -> Iterator[Message]:
     if not fetched.keys.numel():
         yield pb.FetchResponse(layout=layout)
     for number, data in enumerate(_cut((fetched.keys, fetched.values, fetched.token_ids.to(torch.int64)))):
-        yield pb.FetchResponse(layout=None if number else layout, data=data, crc32=zlib.crc32(data))
+        yield pb.FetchResponse(layout=None if number else layout, data=data, crc32=crc32(data))
 
 
 def _cut(tensors: Iterable[torch.Tensor]) -> Iterator[bytes]:
@@ -312,7 +312,7 @@ def _read_fetched(pieces: Iterable[pb.FetchResponse]) -> Fetched:
         if piece.HasField("layout"):
             layout = piece.layout
         data = piece.data
-        if zlib.crc32(data) != piece.crc32:
+        if crc32(data) != piece.crc32:
             raise DataLoss("a fetched piece does not match its checksum; fetch again")
         payload += data
     dtype = m.read_word(m.DTYPES, layout.dtype, "layout.dtype").torch

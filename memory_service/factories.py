@@ -60,8 +60,7 @@ def parse_factory(factory: str, dim: int) -> Factory:
     bits = int(shape["bits"] or 8)
     if parts and (dim % parts or (shape["fast"] and bits != 4)):
         raise InvalidArgument(
-            f"index factory {factory!r} does not fit: m of PQm must divide head_dim {dim}, and fs and fsr need x4 before "
-            "them"
+            f"index factory {factory!r} does not fit: m of PQm must divide head_dim {dim}, and fs and fsr follow x4"
         )
     code_bytes = parts * bits if parts else dim * _BITS[shape["codec"]]
     return Factory(int(shape["lists"] or 0), shape["codec"], (code_bytes + 7) // 8)

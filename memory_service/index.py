@@ -201,8 +201,8 @@ def _floats(keys: Tensor) -> Floats:
 def _for_codes(rows: Floats) -> Floats:
     """Rows to train codes on: enough of them, no two alike and no dimension constant.
 
-    A codebook of equal entries gives Faiss's fast scan a table without a span, which it divides by: keys vanish. And its
-    k-means takes seconds over equal rows.
+    A codebook of equal entries gives Faiss's fast scan a table without a span, which it divides by: keys vanish. And
+    its k-means takes seconds over equal rows.
     """
     rows = rows[:: max(1, len(rows) // CODE_SAMPLE)] if len(rows) >= 256 else np.resize(rows, (256, rows.shape[1]))
     spread = float(np.sqrt(np.mean(np.square(rows)))) or 1.0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import dataclass
 
+from memory_service.checksums import crc32
 from memory_service.errors import DataLoss
 from memory_service.parts import spec_from_json, spec_to_json
 from memory_service.types import MemorySpec
@@ -32,7 +32,7 @@ def memory_to_json(memory: MemoryFile) -> bytes:
         "spec": spec_to_json(memory.spec),
         "created_at": memory.created_at,
     }
-    return json.dumps(data | {"crc32": zlib.crc32(json.dumps(data).encode())}, indent=1).encode()
+    return json.dumps(data | {"crc32": crc32(json.dumps(data).encode())}, indent=1).encode()
 
 
 def memory_from_json(block: bytes) -> MemoryFile:

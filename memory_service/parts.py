@@ -8,11 +8,11 @@ the header's JSON padded with spaces, then the parts' payloads one after the oth
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, InvalidArgument
 from memory_service.types import DType, Fingerprint, IndexPolicy, MemorySpec, Scalar
 
@@ -179,7 +179,7 @@ def encode_header(
         )
     block = (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
     parts = tuple(map(PartRef, (size + start for start in starts), layouts, headers))
-    return block, SegmentRef(path, size + end, size, zlib.crc32(block), parts)
+    return block, SegmentRef(path, size + end, size, crc32(block), parts)
 
 
 def decode_header(path: str, block: bytes) -> tuple[MemorySpec, SegmentRef]:
@@ -247,7 +247,7 @@ def _part_from_json(data: dict[str, Any]) -> PartHeader:
 
 
 def _metadata_crc(spec_json: str, parts_json: str) -> str:
-    return f"{zlib.crc32(_encoded(FORMAT + spec_json + parts_json)):08x}"
+    return f"{crc32(_encoded(FORMAT + spec_json + parts_json)):08x}"
 
 
 def _json(data: object) -> str:

@@ -7,7 +7,6 @@ H key/value heads, D head_dim.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memory_service.checksums import crc32
 from memory_service.errors import DataLoss
 from memory_service.parts import CHUNK_BYTES, MAX_HEADER_BYTES, PartRef, SegmentRef, Which, decode_header
 from memory_service.types import Cancel, MemorySpec
@@ -121,7 +121,7 @@ class SegmentReader:
                 raise DataLoss(f"{path.name} has {size} bytes instead of {segment.nbytes}")
             header = bytearray(segment.header_bytes)
             self._vfs.pread(file, memoryview(header), 0)
-            if zlib.crc32(header) != segment.header_crc:
+            if crc32(header) != segment.header_crc:
                 raise DataLoss(f"{path.name}: the header does not match its checksum")
             if progress:
                 progress(segment.header_bytes)
@@ -169,7 +169,7 @@ class SegmentReader:
 
     def _read_chunk(self, file: File, part: PartRef, part_index: int, chunk: int, out: memoryview) -> None:
         self._vfs.pread(file, out, part.offset + chunk * CHUNK_BYTES)
-        if zlib.crc32(out) != part.header.crcs[chunk]:
+        if crc32(out) != part.header.crcs[chunk]:
             raise DataLoss(f"{file.path.name}: chunk {chunk} of part {part_index} does not match its checksum")
 
     @contextmanager

@@ -7,11 +7,11 @@ CRC, so a crash, a flipped bit, a cut or a missing file can only make the direct
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memory_service.checksums import crc32
 from memory_service.errors import DataLoss
 from memory_service.vfs import Buffer, Vfs, replace_file
 
@@ -41,7 +41,7 @@ def write(
     try:
         files = {name: _write_blob(vfs, directory / name, pieces, sync) for name, pieces in blobs}
         body = json.dumps({"about": about, "files": files}, sort_keys=True, separators=(",", ":")).encode()
-        replace_file(vfs, directory / MANIFEST, b"%08x\n" % zlib.crc32(body) + body, sync=sync)
+        replace_file(vfs, directory / MANIFEST, b"%08x\n" % crc32(body) + body, sync=sync)
     except BaseException:
         vfs.remove_directory(directory)
         raise
@@ -53,7 +53,7 @@ def read_manifest(vfs: Vfs, directory: Path) -> tuple[dict[str, Any], dict[str, 
         checksum, _, body = vfs.read_file(directory / MANIFEST, MAX_MANIFEST_BYTES).partition(b"\n")
     except (FileNotFoundError, DataLoss) as error:
         raise Damaged(f"{directory.name}/{MANIFEST} cannot be read: {error}") from error
-    if checksum != b"%08x" % zlib.crc32(body):
+    if checksum != b"%08x" % crc32(body):
         raise Damaged(f"{directory.name}/{MANIFEST} does not match its checksum")
     manifest = json.loads(body)
     return manifest["about"], {name: (length, crc) for name, (length, crc) in manifest["files"].items()}
@@ -65,7 +65,7 @@ def read_blob(vfs: Vfs, path: Path, length: int, crc: int) -> bytes:
         data = vfs.read_file(path, length) if vfs.file_size(path) == length else b""
     except (FileNotFoundError, DataLoss) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from error
-    if len(data) != length or zlib.crc32(data) != crc:
+    if len(data) != length or crc32(data) != crc:
         raise Damaged(f"{path.name} does not match the manifest")
     return data
 
@@ -78,7 +78,7 @@ def _write_blob(vfs: Vfs, path: Path, pieces: Sequence[Buffer], sync: bool) -> t
         for piece in pieces:
             view = memoryview(piece).cast("B")
             vfs.pwrite(file, view, offset)
-            offset, crc = offset + view.nbytes, zlib.crc32(view, crc)
+            offset, crc = offset + view.nbytes, crc32(view, crc)
         if sync:
             vfs.fdatasync(file)
     finally:

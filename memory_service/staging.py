@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memory_service import checksums
 from memory_service.errors import FailedPrecondition, FotError, InvalidArgument
 from memory_service.parts import CHUNK_BYTES, FILE_HEADER_BYTES, PartLayout
 from memory_service.types import DType
@@ -88,7 +88,7 @@ class Staging:
             raise InvalidArgument(
                 f"the chunk at byte {offset} must have {self.layout.chunk_nbytes(chunk)} bytes, got {len(view)}"
             )
-        if zlib.crc32(view) != crc32:
+        if checksums.crc32(view) != crc32:
             raise InvalidArgument(f"the chunk at byte {offset} does not match its CRC-32; send it again")
         self._check_finite(view, offset)
         with self._lock:
@@ -124,7 +124,7 @@ class Staging:
                     piece, plane = plane[:room], plane[room:]
                     self._check_finite(piece, offset)
                     self.payload.write(piece, offset)
-                    crc, offset = zlib.crc32(piece, crc), offset + len(piece)
+                    crc, offset = checksums.crc32(piece, crc), offset + len(piece)
                     if offset % CHUNK_BYTES == 0 or offset == self.nbytes:
                         self._note((offset - 1) // CHUNK_BYTES, crc)
                         crc = 0

@@ -166,8 +166,13 @@ class Store:
             files.close()
             raise
         try:
-            for problem in recover(catalog, files).problems:
+            found = recover(catalog, files)
+            for problem in found.problems:
                 log.warning("recovery: %s", problem)
+            for key, name in found.missing:
+                log.error(
+                    "recovery: segment %s of memory %s is missing or cut short; its documents are lost", name, key
+                )
             store = cls(catalog, files, directory, vfs, options)
             for row in catalog.memories():
                 store._memories[row.tenant, row.name] = store._load(row)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from memory_service.checksums import crc32
 from memory_service.vfs import File, Vfs, replace_file
 
 ROOM_BYTES = 64 << 10  # Allocated ahead, so that deletes still work on a full disk.
@@ -116,11 +116,11 @@ class Tombstones:
 
 def _line(tombstone: Tombstone) -> bytes:
     text = json.dumps(tombstone, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
+    return b"%08x %s\n" % (crc32(text), text)
 
 
 def _parse(line: bytes) -> Tombstone | None:
     checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
+    if checksum != b"%08x" % crc32(text):
         return None
     return Tombstone(*json.loads(text))

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from memory_service.client import Client, Tls
-from memory_service.settings import ServerSettings
+from memory_service.settings import ServerSettings, StoreOptions
 
 TARGET = f"grpc://{ServerSettings.model_fields['listen'].default}"
 PATIENCE_S = 30.0
@@ -39,7 +39,12 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def connect(target: str, token_file: Path | None, ca: Path | None, insecure: bool, create: bool = False) -> Client:
     """Open the target a command names; only `create` makes a directory that is not there."""
     tls = Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
-    return Client.open(target, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S, create=create)
+    here = "://" not in target and not target.startswith("unix:")
+    # A command that looks at a directory does not start to build indexes there.
+    options = StoreOptions(background=False) if here else None
+    return Client.open(
+        target, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S, options=options, create=create
+    )
 
 
 def console() -> Console:

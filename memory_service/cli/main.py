@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from memory_service.cli import bench, doctor, documents, memories, serve, tokens, verify
+from memory_service.cli import bench, doctor, documents, memories, serve, tokens, verify, work
 from memory_service.cli.environment import check_environment
 from memory_service.cli.stats import stats
 from memory_service.errors import FotError
@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.add_typer(memories.app, name="memory")
+memories.app.command("index")(work.index)
+memories.app.command("compact")(work.compact)
+memories.app.command("verify")(work.verify)
 app.add_typer(documents.app, name="docs")
 app.add_typer(tokens.app, name="token")
 app.command("stats")(stats)

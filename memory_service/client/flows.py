@@ -96,16 +96,31 @@ def _flow_of(verb: Verb[Any], budget: _Budget) -> Flow[Any]:
 
 def _call(verb: Verb[Answer], budget: _Budget) -> Flow[Answer]:
     """Ask once, and again where that can do no harm and may help."""
-    if not verb.repeatable:
-        # It cannot be sent twice, so first make sure that somebody listens.
-        yield Connect(min(PATIENCE_S, budget.left_s))
     patience = _Patience(budget)
     while True:
         try:
+            if not verb.repeatable:
+                # It cannot be sent twice, so first make sure that somebody listens.
+                yield from _connect(budget)
             return cast(Answer, (yield Call(verb, budget.left_s)))
         except (Unavailable, ResourceExhausted) as error:
+            harmless = verb.repeatable or error.code == DRAINING
+            pause = patience.pause_s(error) if harmless else None
+            if pause is None:
+                raise
+        yield Sleep(pause)
+
+
+def _connect(budget: _Budget) -> Flow[None]:
+    """Wait until the service can be reached. Raises Unavailable when patience ends."""
+    patience = _Patience(budget)
+    while True:
+        try:
+            yield Connect(min(LONGEST_PAUSE_S, budget.left_s))
+            return
+        except Unavailable as error:
             pause = patience.pause_s(error)
-            if pause is None or not (verb.repeatable or error.code == DRAINING):
+            if pause is None:
                 raise
         yield Sleep(pause)
 

@@ -5,12 +5,12 @@ A part of T tokens is keys [L, H, T, D] ‖ values [L, H, T, D] ‖ token ids [T
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from memory_service.checksums import crc32
 from memory_service.errors import InvalidArgument
 from memory_service.types import Chunk, Document, MemorySpec, Upload
 
@@ -28,7 +28,7 @@ def missing_chunks(document: Document, upload: Upload) -> Iterator[Chunk]:
             present, planes = part, _planes(document, part * upload.part_tokens, upload.part_tokens)
         for number in range(first_chunk, first_chunk + chunks):
             data = _slice(planes, number * upload.chunk_bytes, upload.chunk_bytes)
-            yield Chunk(part, number * upload.chunk_bytes, zlib.crc32(data), data)
+            yield Chunk(part, number * upload.chunk_bytes, crc32(data), data)
 
 
 def check_shape(document: Document, spec: MemorySpec) -> None:

@@ -39,6 +39,15 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
 ]
 
+# Without a reason of the service's own, these come from gRPC: nobody listens, a server that stops cancels what came too
+# late to drain, a stream was reset.
+BROKEN_LINE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+
 
 class RemotePlace:
     """A service, asked from any number of threads over one connection."""
@@ -171,14 +180,13 @@ class AsyncRemotePlace:
 
 def read_rpc_error(error: grpc.RpcError, target: str) -> FotError:
     """The error as the service raised it, or what stands between the service and here."""
-    if not any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ()):
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            why = (error.details() or "no answer").rpartition(": ")[2]
-            return Unavailable(f"the service at {target} cannot be reached ({why}); is it running there?")
-        # We did not cancel: a server that is shut down does so to the calls that came too late to drain.
-        if error.code() is grpc.StatusCode.CANCELLED:
-            return Unavailable(f"the service at {target} ended the call; it is stopping")
-    return read_error(error)
+    trailers: Any = error.trailing_metadata() or ()
+    if error.code() not in BROKEN_LINE or any(key == "grpc-status-details-bin" for key, _ in trailers):
+        return read_error(error)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        why = (error.details() or "no answer").rpartition(": ")[2]
+        return Unavailable(f"the service at {target} cannot be reached ({why}); is it running there?")
+    return Unavailable(f"the service at {target} broke off the call ({error.details() or 'no reason given'})")
 
 
 def _answered(error: grpc.RpcError, target: str) -> None:

@@ -92,6 +92,7 @@ class FaultVfs(OsVfs):
         self.log: list[Event] = []
         self.calls: dict[str, int] = {}
         self._faults: list[Fault] = []
+        self._forgotten: list[tuple[str, str]] = []
         self._inodes: dict[str, int] = {}
         self._lock = threading.RLock()
         self._baseline = _Disk()
@@ -113,6 +114,10 @@ class FaultVfs(OsVfs):
     def heal(self) -> None:
         """Let nothing fail any more."""
         self._faults.clear()
+
+    def forget_syncs(self, operation: str, ending: str) -> None:
+        """Let syncs of paths with this ending do nothing, as if the code had forgotten them."""
+        self._forgotten.append((operation, ending))
 
     def mark(self, label: str) -> None:
         """Note in the log that something happened outside, such as an acknowledgement."""
@@ -197,7 +202,8 @@ class FaultVfs(OsVfs):
         with self._lock:
             self._step("fdatasync", file.path)
             super().fdatasync(file)
-            self._log(file, "fdatasync")
+            if not self._forgets("fdatasync", file.path):
+                self._log(file, "fdatasync")
 
     def rename(self, source: Path, target: Path) -> None:
         with self._lock:
@@ -219,7 +225,8 @@ class FaultVfs(OsVfs):
         with self._lock:
             self._step("fsync_directory", path)
             super().fsync_directory(path)
-            self.log.append(Event("fsync_directory", self._name(path)))
+            if not self._forgets("fsync_directory", path):
+                self.log.append(Event("fsync_directory", self._name(path)))
 
     def make_directory(self, path: Path) -> None:
         with self._lock:
@@ -248,6 +255,9 @@ class FaultVfs(OsVfs):
                     if fault.nth <= fault.seen < fault.nth + fault.times:
                         error = OSError(fault.error, os.strerror(fault.error))
                         raise storage_error(error, ACTIONS[operation], path) from error
+
+    def _forgets(self, operation: str, path: Path) -> bool:
+        return any(operation == one and str(path).endswith(ending) for one, ending in self._forgotten)
 
     def _log(self, file: File, kind: str, *, offset: int = 0, data: bytes = b"") -> None:
         if isinstance(file, FaultFile) and file.inode >= 0:

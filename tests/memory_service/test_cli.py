@@ -130,6 +130,20 @@ def test_figures_are_shown(fot: Fot, data: Path) -> None:
     assert fot("stats", "--json", "--target", data).json["tokens"] == 33
 
 
+def test_long_work_is_started_and_watched(fot: Fot, data: Path) -> None:
+    place = ("notes", "--target", data)
+    assert re.fullmatch(r"[\d,]+ bytes in \d segments? match their checksums\.\n", fot("memory", "verify", *place).out)
+    assert fot("memory", "index", *place, "--json").json["state"] == "done"
+    fot("docs", "rm", "notes", "doc-0", "--yes", "--target", data)
+    assert fot("memory", "compact", *place).code == 0
+    assert fot("stats", "notes", "--json", "--target", data).json["dead_bytes"] == 0
+    (path, *_) = data.glob("memories/*/seg-*")
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    done = fot("memory", "verify", *place)
+    assert done.code == 1
+    assert path.name in done.err
+
+
 def test_json_of_a_memory_is_complete(fot: Fot, data: Path) -> None:
     (found,) = fot("memory", "ls", "--json", "--target", data).json
     assert found == fot("memory", "show", "notes", "--json", "--target", data).json

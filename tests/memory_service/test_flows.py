@@ -78,6 +78,9 @@ class Line:
     repeats: bool = False  # The script's last line answers for ever.
 
 
+DRAINED = Unavailable("stopping", reason="DRAINING")
+
+
 def gone() -> Unavailable:
     return Unavailable("the line broke")
 
@@ -118,6 +121,11 @@ def test_a_call_that_must_not_happen_twice_is_sent_once_and_only_to_a_service_th
     with pytest.raises(Unavailable):
         line.run(DeleteMemory("m"))
     assert line.script == []
+
+
+def test_it_waits_for_a_service_that_comes_back() -> None:
+    line = Line([(Connect, gone()), (Connect, None), (DeleteMemory, DRAINED), (Connect, None), (DeleteMemory, None)])
+    assert line.run(DeleteMemory("m")) is None
 
 
 def test_a_busy_service_is_asked_again_when_it_says_so() -> None:

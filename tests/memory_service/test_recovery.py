@@ -243,13 +243,41 @@ def test_a_rebuild_between_the_two_copies_of_a_compaction_takes_every_part_once(
 # --- Power loss -------------------------------------------------------------------------------------------------------
 
 
-def test_every_power_loss_keeps_what_was_acknowledged_and_shows_nothing_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(segments, "SMALL_PART_BYTES", 1000)  # So that a small document is staged on disk.
-    live = tmp_path / "live"
-    live.mkdir()
-    vfs = FaultVfs(live)
+@pytest.fixture
+def tiny_parts_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage parts of more than 1000 bytes in files, so that small documents take both ways."""
+    monkeypatch.setattr(segments, "SMALL_PART_BYTES", 1000)
+
+
+@pytest.mark.usefixtures("tiny_parts_on_disk")
+def test_every_power_loss_keeps_what_was_acknowledged_and_shows_nothing_half(tmp_path: Path) -> None:
+    (tmp_path / "live").mkdir()
+    assert _lose_power_everywhere(tmp_path, FaultVfs(tmp_path / "live")) > 150
+
+
+@pytest.mark.usefixtures("tiny_parts_on_disk")
+@pytest.mark.parametrize(
+    ("operation", "ending"),
+    [
+        ("fdatasync", ".safetensors"),
+        ("fdatasync", ".part"),
+        ("fdatasync", "memory.json.new"),
+        ("fdatasync", "tombstones.log"),
+        ("fsync_directory", KEY),
+        ("fsync_directory", "memories"),
+    ],
+)
+def test_any_forgotten_sync_would_be_noticed(tmp_path: Path, operation: str, ending: str) -> None:
+    (tmp_path / "live").mkdir()
+    vfs = FaultVfs(tmp_path / "live")
+    vfs.forget_syncs(operation, ending)
+    with pytest.raises((AssertionError, DataLoss)):
+        _lose_power_everywhere(tmp_path, vfs)
+
+
+def _lose_power_everywhere(tmp_path: Path, vfs: FaultVfs) -> int:
+    """Run a history with everything in it, then look at every state a power loss can leave; returns how many."""
+    live = vfs.root
     shelf = Shelf.open(live, vfs, lambda: vfs.note_catalog(live / "catalog.sqlite"))
     # (what is visible once acknowledged, the step)
     steps: list[tuple[dict[str, int] | None, Callable[[], None]]] = [
@@ -281,7 +309,7 @@ def test_every_power_loss_keeps_what_was_acknowledged_and_shows_nothing_half(
             assert _look(directory) in allowed, (state.name, rebuild, allowed)
             Unsynced().remove_directory(directory)
         states += 1
-    assert states > 150
+    return states
 
 
 def _look(directory: Path) -> dict[str, int] | None:
@@ -306,11 +334,9 @@ class Unsynced(OsVfs):
         pass
 
 
+@pytest.mark.usefixtures("tiny_parts_on_disk")
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_a_failure_at_any_call_leaves_a_store_that_reopens_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
-) -> None:
-    monkeypatch.setattr(segments, "SMALL_PART_BYTES", 1000)
+def test_a_failure_at_any_call_leaves_a_store_that_reopens_whole(tmp_path: Path, error: int) -> None:
     for nth in range(1, 40):
         root = tmp_path / str(nth)
         root.mkdir()

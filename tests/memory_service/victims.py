@@ -84,7 +84,7 @@ def _write(store: Store, dice: random.Random, writer: int, have: dict[str, int |
 
 def _compact(store: Store, dice: random.Random) -> None:
     while True:
-        time.sleep(dice.random() * 0.05)
+        time.sleep(dice.random() * 0.2)
         operation = finish(store, "m", OperationKind.COMPACT)
         say("compacted", operation.state.value, operation.message)
 
