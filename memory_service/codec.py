@@ -30,7 +30,6 @@ from memory_service.wire import INTEGERS, from_bytes, read_tensor, tensor_bytes,
 SERVICE = "memory_service.v1.MemoryService"
 PIECE_BYTES = 1 << 20
 UPLOAD_CHUNKS = f"/{SERVICE}/UploadChunks"
-PAGE_SIZE = 100
 LEASE_S = 600.0
 
 
@@ -147,10 +146,6 @@ def _read_begin(r: pb.BeginUploadRequest) -> v.BeginUpload:
     )
 
 
-def _page_size(request: Any) -> int:
-    return int(request.page_size) if request.HasField("page_size") else PAGE_SIZE
-
-
 def _write_list_documents(verb: v.ListDocuments) -> Message:
     where = None if verb.where is None else m.write_filter(verb.where)
     return pb.ListDocumentsRequest(
@@ -160,7 +155,7 @@ def _write_list_documents(verb: v.ListDocuments) -> Message:
 
 def _read_list_documents(r: pb.ListDocumentsRequest) -> v.ListDocuments:
     where = m.read_filter(r.where) if r.HasField("where") else None
-    return v.ListDocuments(r.memory, where, _page_size(r), r.page_token)
+    return v.ListDocuments(r.memory, where, r.page_size, r.page_token)
 
 
 def _read_open_session(r: pb.OpenSessionRequest) -> v.OpenSession:
@@ -374,7 +369,7 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = dict(
             pb.ListMemoriesRequest,
             pb.ListMemoriesResponse,
             lambda verb: pb.ListMemoriesRequest(page_size=verb.page_size, page_token=verb.page_token),
-            lambda r: v.ListMemories(_page_size(r), r.page_token),
+            lambda r: v.ListMemories(r.page_size, r.page_token),
             lambda a: pb.ListMemoriesResponse(memories=map(m.write_memory, a.items), next_page_token=a.next),
             lambda r: Page(tuple(map(m.read_memory, r.memories)), r.next_page_token),
         ),
@@ -569,7 +564,7 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = dict(
             lambda verb: pb.ListOperationsRequest(
                 memory=verb.memory, page_size=verb.page_size, page_token=verb.page_token
             ),
-            lambda r: v.ListOperations(r.memory, _page_size(r), r.page_token),
+            lambda r: v.ListOperations(r.memory, r.page_size, r.page_token),
             lambda a: pb.ListOperationsResponse(operations=map(m.write_operation, a.items), next_page_token=a.next),
             lambda r: Page(tuple(map(m.read_operation, r.operations)), r.next_page_token),
         ),

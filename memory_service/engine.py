@@ -15,6 +15,7 @@ from torch import Tensor
 from memory_service import attention
 from memory_service.attention import Dense, TopK
 from memory_service.errors import FailedPrecondition, InvalidArgument
+from memory_service.index import check_params
 from memory_service.indexed import candidates, covered, tail
 from memory_service.live_memory import LiveDocument, LiveMemory, Plan
 from memory_service.provenance import Ledger, Provenance, session_source, top_tokens
@@ -64,6 +65,7 @@ class _Family:
 def check_groups(spec: MemorySpec, groups: Sequence[AttendGroup], options: AttendOptions) -> None:
     """Raise InvalidArgument unless every group's queries fit the memory."""
     options.check()
+    check_params(options.search)
     if not 1 <= len(groups) <= MAX_GROUPS:
         raise InvalidArgument(f"a call needs 1 to {MAX_GROUPS} groups, got {len(groups)}")
     for group in groups:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memory_service.index import IndexUnit
+from memory_service.index import IndexUnit, default_candidates
 from memory_service.live_memory import LiveDocument, LiveMemory, Plan
 from memory_service.provenance import Provenance
 from memory_service.scan import Chunk
@@ -76,8 +76,8 @@ def candidates(
     """What the index would look at, to be scored exactly: (chunk, its rows [H, R, C] or -1), a slab at a time."""
     cover = _cover(plan, unit)
     search = {name: value for name, value in options.search.items() if name != "candidates"}
-    wanted = int(options.search.get("candidates", 2 * options.top_k + 32))
-    wanted = max(options.top_k, min(wanted, 16_384))
+    usual = default_candidates(unit.factory, queries.shape[2], options.top_k)
+    wanted = max(options.top_k, int(options.search.get("candidates", usual)))
     flat = queries.cpu().numpy()
     ids = np.stack(
         [unit.search(layer, head, flat[head], wanted, search, cover.allowed) for head in range(queries.shape[0])]

@@ -143,13 +143,17 @@ def _score_groups(keys: Tensor, queries: Tensor, scores: Tensor, out: Tensor) ->
     padded = groups * GROUP
     if rows >= FEW_ROWS:
         table = scores[: padded * rows].view(padded, rows)
-        torch.mm(keys, queries, out=table[:n])
-        table[n:] = -torch.inf
+        torch.mm(keys, queries, out=table[:n] if n < padded else table)
+        if n < padded:
+            table[n:] = -torch.inf
         torch.amax(table.view(groups, GROUP, rows), 1, out=out)
     else:
         table = scores[: rows * padded].view(rows, padded)
-        table[:, :n] = queries.T @ keys.T
-        table[:, n:] = -torch.inf
+        if n < padded:
+            table[:, :n] = queries.T @ keys.T
+            table[:, n:] = -torch.inf
+        else:
+            torch.mm(queries.T, keys.T, out=table)
         out.copy_(table.view(rows, groups, GROUP).amax(2).T)
 
 

@@ -63,15 +63,16 @@ class Server:
 
     async def start(self) -> None:
         """Listen. Raises FailedPrecondition if an address is taken; then the server is spent."""
+        self._server = aio.server(interceptors=[self._guard], options=_options(self._settings.message_bytes))
         try:
             await self._start()
         except BaseException:
+            await self._server.stop(None)
             self._service.close()
             self._closing.close()
             raise
 
     async def _start(self) -> None:
-        self._server = aio.server(interceptors=[self._guard], options=_options(self._settings.message_bytes))
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._settings.reflection:

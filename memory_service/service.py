@@ -154,7 +154,9 @@ class Service:
         verb = rpc.decode_request(raw)
         if isinstance(verb, _LISTINGS):
             return self._pages.opened(identity, verb)
-        self._check_answer_fits(answer_bytes(verb) + _MESSAGE_MARGIN)
+        if isinstance(verb, Attend | Search):
+            verb.options.check()  # Before its numbers are added up.
+            self._check_answer_fits(answer_bytes(verb) + _MESSAGE_MARGIN)
         return verb
 
     def _encode(self, rpc: Rpc, verb: Verb[Any], identity: Identity, answer: Any) -> bytes:

@@ -23,12 +23,14 @@ from memory_service.documents import Documents
 from memory_service.errors import (
     AlreadyExists,
     DataLoss,
+    FailedPrecondition,
     FotError,
     InvalidArgument,
     NotFound,
     QuotaExceeded,
     Unavailable,
 )
+from memory_service.index import check_factory
 from memory_service.live_memory import LiveMemory
 from memory_service.memory_file import MemoryFile
 from memory_service.operations import Operations, Work
@@ -258,6 +260,7 @@ class Store:
     def _create_memory(self, tenant: str, verb: verbs.CreateMemory, _: Cancel) -> MemoryInfo:
         check_name(verb.name, "a memory's name")
         verb.spec.check()
+        check_factory(verb.spec.index.factory, verb.spec.head_dim)
         with self._lock:
             known = self._memories.get((tenant, verb.name))
             if known is not None:
@@ -408,6 +411,8 @@ class Store:
 
     def _start_operation(self, tenant: str, verb: verbs.StartOperation, _: Cancel) -> Operation:
         memory = self._memory(tenant, verb.memory)
+        if verb.kind is OperationKind.INDEX and memory.spec.index.factory == "none":
+            raise FailedPrecondition(f"memory {verb.memory!r} was created with index factory none: it is never indexed")
         return self._operations.start(tenant, verb.memory, verb.kind, self._work(memory, verb.kind))
 
     def _work(self, memory: LiveMemory, kind: OperationKind) -> Work:

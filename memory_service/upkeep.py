@@ -158,6 +158,7 @@ class Upkeep:
             return "wrote RAM anew where it was mostly dead"
         before = memory.dead_bytes
         chosen = _compactable(memory, force=force)
+        chosen.sort(key=lambda pk: bool(_live_parts(memory, pk)))
         total = sum(memory.segments[pk].nbytes for pk in chosen)
         done = 0
         while chosen:
@@ -165,8 +166,11 @@ class Upkeep:
             batch: list[int] = []
             size = 0
             while chosen and (not batch or size < _MERGE_BYTES):
+                live = sum(part.nbytes for _, part, _ in _live_parts(memory, chosen[0]))
+                if batch and live and not size:
+                    break  # What is wholly dead goes by itself: that needs no room on a full disk, and makes some.
                 batch.append(chosen.pop(0))
-                size += sum(part.nbytes for _, part, _ in _live_parts(memory, batch[-1]))
+                size += live
             done += sum(memory.segments[pk].nbytes for pk in batch)
             self._rewrite(files, memory, batch, cancel)
             progress(done, total)
@@ -268,7 +272,7 @@ def _compactable(memory: LiveMemory, *, force: bool) -> list[int]:
         for pk, ref in memory.segments.copy().items()
     }
     holey = {pk for pk, (size, live) in sizes.items() if live < size * (1.0 if force else 2 / 3)}
-    small = {pk for pk, (size, _) in sizes.items() if size < _SMALL_SEGMENT}
+    small = {pk for pk, (size, live) in sizes.items() if live and size < _SMALL_SEGMENT}
     if len(small) >= (2 if force else _MANY_SMALL):
         holey |= small
     return sorted(holey)

@@ -273,8 +273,8 @@ def test_any_bytes_decode_or_are_an_invalid_argument(rpc: Rpc) -> None:
 
 def test_what_is_left_out_of_a_request_has_the_documented_default() -> None:
     fingerprint = t.Fingerprint("")
-    assert RPCS[v.ListMemories].from_request(pb.ListMemoriesRequest()) == v.ListMemories()
-    assert RPCS[v.ListDocuments].from_request(pb.ListDocumentsRequest(memory="m")) == v.ListDocuments("m")
+    assert RPCS[v.ListMemories].from_request(pb.ListMemoriesRequest()) == v.ListMemories(page_size=0)
+    assert RPCS[v.ListDocuments].from_request(pb.ListDocumentsRequest(memory="m")) == v.ListDocuments("m", page_size=0)
     assert RPCS[v.OpenSession].from_request(pb.OpenSessionRequest(memory="m")) == v.OpenSession("m", fingerprint)
     assert RPCS[v.BeginUpload].from_request(pb.BeginUploadRequest()) == v.BeginUpload("", "", 0, fingerprint)
     attend = RPCS[v.Attend].from_request(pb.AttendRequest(groups=[pb.AttendGroup(queries=_tensor([1, 1, 2]))]))
