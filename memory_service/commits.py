@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Job:
     memory: LiveMemory
     request: Request
     stagings: Sequence[Staging]
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False
     answer: DocumentInfo | None = None
     error: FotError | None = None
 
@@ -48,7 +48,7 @@ class Job:
 
     def settle(self, answer: DocumentInfo | None, error: FotError | None = None) -> None:
         self.answer, self.error = answer, error
-        self.done.set()
+        self.done = True
 
 
 class Commits:
@@ -60,8 +60,8 @@ class Commits:
         self._files = files
         self._storage_failed = storage_failed
         self._queue: list[Job] = []
-        self._queue_lock = threading.Lock()
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
+        self._leading = False  # Whether someone is committing.
         self._keys = itertools.count(1)  # Of documents that are not in the catalogue.
 
     def known(self, tenant: str, request: Request) -> DocumentInfo | None:
@@ -75,20 +75,29 @@ class Commits:
 
     def commit(self, job: Job) -> DocumentInfo:
         """Wait until the document is durable and visible."""
-        with self._queue_lock:
+        with self._turn:
             self._queue.append(job)
-        while not job.done.is_set():
+        while not job.done:
             with self._turn:
+                while self._leading and not job.done:
+                    self._turn.wait()
+                if job.done:
+                    break
+                self._leading = True
+            try:
                 # The leader takes all that queued up while the one before was syncing, this job among them.
-                if not job.done.is_set():
-                    self._commit_queued()
+                self._commit_queued()
+            finally:
+                with self._turn:
+                    self._leading = False
+                    self._turn.notify_all()
         if job.error is not None:
             raise job.error
         assert job.answer is not None
         return job.answer
 
     def _commit_queued(self) -> None:
-        with self._queue_lock:
+        with self._turn:
             memory = self._queue[0].memory
             batch: list[Job] = []
             size = 0
@@ -109,11 +118,11 @@ class Commits:
             if isinstance(error, StorageFailed):
                 self._storage_failed(error)
             for job in batch:
-                if not job.done.is_set():
+                if not job.done:
                     job.settle(None, error)
         except BaseException:
             for job in batch:
-                if not job.done.is_set():
+                if not job.done:
                     job.settle(None, Unavailable("the commit failed; whether it took effect is not known, ask again"))
             raise
 

@@ -125,9 +125,11 @@ class Documents:
                 self._files.tombstones.add([Tombstone(memory.row.key, row.id, row.generation)])
 
     def _begin(self, tenant: str, memory: LiveMemory, request: Request) -> PendingUpload:
-        known = self._commits.known(tenant, request)
-        if known is not None:
-            return PendingUpload("", tenant, memory, request, [], time.time(), known)
+        # The catalogue is asked only where the answer could be known: it is busy while others' commits are synced.
+        if request.document in memory.documents:
+            known = self._commits.known(tenant, request)
+            if known is not None:
+                return PendingUpload("", tenant, memory, request, [], time.time(), known)
         return self._uploads.begin(tenant, memory, request)
 
     def _commit(self, upload: PendingUpload) -> DocumentInfo:

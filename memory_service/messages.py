@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -320,6 +322,9 @@ class _FilterReader:
         return Condition(message.key, compare, tuple(read_scalar(value) for value in message.values))
 
 
+_EVERYTHING = Scope()
+
+
 def write_scope(scope: Scope, message: pb.Scope) -> None:
     """Fill a part of a message."""
     if scope.documents is not None:
@@ -359,12 +364,26 @@ def write_options(options: AttendOptions, message: pb.AttendOptions) -> None:
 
 
 def read_options(message: pb.AttendOptions) -> AttendOptions:
+    # A worker attends with the same options every time, and reading them costs more than the rest of a small request.
+    raw = message.SerializeToString()
+    return _known_options(raw) if len(raw) <= _KNOWN_BYTES else _read_options(message)
+
+
+_KNOWN_BYTES = 256
+
+
+@lru_cache(maxsize=1024)
+def _known_options(raw: bytes) -> AttendOptions:
+    return _read_options(pb.AttendOptions.FromString(raw))
+
+
+def _read_options(message: pb.AttendOptions) -> AttendOptions:
     return AttendOptions(
         top_k=message.top_k,
         engine=read_word(ENGINES, message.engine, "options.engine"),
         scale=message.scale if message.HasField("scale") else None,
         logit_gap=message.logit_gap if message.HasField("logit_gap") else None,
-        search=dict(message.search),
+        search=MappingProxyType(dict(message.search)),  # It is shared by all who ask alike.
         tokens=message.tokens,
         attribution=message.attribution,
         measure=message.measure,
@@ -379,7 +398,8 @@ def write_group(group: AttendGroup, message: pb.AttendGroup) -> None:
 
 
 def read_group(message: pb.AttendGroup) -> AttendGroup:
-    return AttendGroup(read_scope(message.scope), read_tensor(message.queries, "queries", "[G, Q, D]"))
+    scope = read_scope(message.scope) if message.HasField("scope") else _EVERYTHING
+    return AttendGroup(scope, read_tensor(message.queries, "queries", "[G, Q, D]"))
 
 
 def write_top_tokens(tokens: TopTokens, message: pb.TopTokens) -> None:

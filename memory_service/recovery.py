@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memory_service.catalog import Catalog, MemoryRow
-from memory_service.errors import DataLoss
+from memory_service.catalog import Catalog, MemoryRow, SegmentRow
+from memory_service.errors import DataLoss, Internal
 from memory_service.parts import SegmentRef
 from memory_service.segments import SegmentFiles
 from memory_service.tombstones import EVERYTHING, Tombstone
@@ -103,8 +103,9 @@ def _meet_unknown_memories(catalog: Catalog, files: SegmentFiles, found: Recover
 
 
 def _adopt_segments(catalog: Catalog, files: SegmentFiles, memory: MemoryRow, found: Recovery) -> None:
-    known = {row.ref.path: row.ref for row in catalog.segments(memory.key)}
-    found.missing += [(memory.key, path) for path, ref in known.items() if not files.present(memory.key, ref)]
+    rows = catalog.segments(memory.key)
+    known = {row.ref.path: row.ref for row in rows}
+    gone = [row for row in rows if not files.present(memory.key, row.ref)]
     strangers: list[SegmentRef] = []
     keep = set(known)
     for one in files.scan(memory.key):
@@ -115,6 +116,8 @@ def _adopt_segments(catalog: Catalog, files: SegmentFiles, memory: MemoryRow, fo
             found.problems.append(f"{one.path} was left alone: {one.problem or 'it belongs to another memory'}")
         else:
             strangers.append(one.segment)
+    if gone:
+        keep |= _stand_in(catalog, memory.key, gone, strangers, found)
     alive = {
         (document, generation)
         for document, generation in _newest_whole(strangers)
@@ -124,6 +127,24 @@ def _adopt_segments(catalog: Catalog, files: SegmentFiles, memory: MemoryRow, fo
     if needed:
         found.adopted += len(catalog.adopt(memory.key, needed, alive).documents)
     found.removed += files.sweep(memory.key, keep | {segment.path for segment in needed})
+
+
+def _stand_in(
+    catalog: Catalog, key: str, gone: list[SegmentRow], strangers: list[SegmentRef], found: Recovery
+) -> set[str]:
+    """Let unknown segments take the place of known ones whose files are gone; the files to keep.
+
+    A compaction whose transaction a damaged log lost looks like this: its new segments are the only copy.
+    """
+    alive = {(row.id, row.generation) for row in catalog.documents(key)}
+    headers = [part.header for row in gone for part in row.ref.parts]
+    wanted = {(one.document, one.generation) for one in headers} & alive
+    copies = _holders(strangers, wanted)
+    try:
+        catalog.compact(key, copies, [row.pk for row in gone])
+    except Internal:  # Some live part has no copy: change nothing, say which files are missing, keep what there is.
+        found.missing += [(key, row.ref.path) for row in gone]
+    return {segment.path for segment in copies}
 
 
 def _newest_whole(segments: Iterable[SegmentRef]) -> set[tuple[str, int]]:

@@ -8,7 +8,7 @@ import logging
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -147,6 +147,16 @@ async def serve(store: ServedStore, settings: ServerSettings, started: Callable[
         await server.stop()
 
 
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, on uvloop where that is installed: it spares a small call a tenth of its time."""
+    try:
+        import uvloop  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
 @contextmanager
 def running(store: ServedStore, settings: ServerSettings) -> Iterator[str]:
     """A server in a thread of this process while the block runs; gives its address, as "host:port" or "unix:/path"."""
@@ -166,7 +176,7 @@ def running(store: ServedStore, settings: ServerSettings) -> Iterator[str]:
         await stopping.wait()
         await server.stop()
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), name="fot-server")
+    thread = threading.Thread(target=lambda: run(main()), name="fot-server")
     thread.start()
     try:
         yield started.result()

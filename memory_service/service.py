@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import AsyncIterable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -213,7 +214,7 @@ class _UploadStream:
         self._pool = pool
         self._identity = identity
         self._names = ("", "")
-        self._writing: set[asyncio.Future[int]] = set()
+        self._writing: deque[asyncio.Future[int]] = deque()
 
     async def write(self, message: bytes) -> None:
         """Start writing a chunk; waits while the pipeline is full. Raises what an earlier chunk met."""
@@ -222,22 +223,23 @@ class _UploadStream:
             self._names = (first.memory, first.upload)
             if not all(self._names):
                 raise InvalidArgument("the first message of an upload stream must name the memory and the upload")
-        self._writing.add(self._pool.submit(lambda: self._write(message), len(message)))
+        self._writing.append(self._pool.submit(lambda: self._write(message), len(message)))
         if len(self._writing) >= PIPELINE:
-            await self._settle(asyncio.FIRST_COMPLETED)
+            await self._settle_oldest()
 
     async def flush(self) -> None:
         """Wait for all chunks. Raises what one of them met."""
-        if self._writing:
-            await self._settle(asyncio.ALL_COMPLETED)
+        settled = await asyncio.gather(*self._writing, return_exceptions=True)
+        self._writing.clear()
+        for found in settled:
+            if isinstance(found, BaseException):
+                raise found
+            self.bytes += found
+            self.chunks += 1
 
-    async def _settle(self, when: str) -> None:
-        done, self._writing = await asyncio.wait(self._writing, return_when=when)
-        errors = [error for future in done if (error := future.exception())]
-        if errors:
-            raise errors[0]
-        self.chunks += len(done)
-        self.bytes += sum(future.result() for future in done)
+    async def _settle_oldest(self) -> None:
+        self.bytes += await self._writing.popleft()
+        self.chunks += 1
 
     def _write(self, message: bytes) -> int:
         memory, upload, chunk = decode_chunk(message)

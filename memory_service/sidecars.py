@@ -76,6 +76,8 @@ def _write_blob(vfs: Vfs, path: Path, pieces: Sequence[Buffer], sync: bool) -> t
     try:
         offset = crc = 0
         for piece in pieces:
+            if not memoryview(piece).nbytes:
+                continue  # An empty view cannot be cast.
             view = memoryview(piece).cast("B")
             vfs.pwrite(file, view, offset)
             offset, crc = offset + view.nbytes, crc32(view, crc)

@@ -35,6 +35,7 @@ from memory_service.live_memory import LiveMemory
 from memory_service.memory_file import MemoryFile
 from memory_service.operations import Operations, Work
 from memory_service.paging import page_of, page_size
+from memory_service.pieces import cut_attend, join_attended
 from memory_service.provenance import session_source
 from memory_service.recovery import recover
 from memory_service.residency import Residency
@@ -68,6 +69,7 @@ log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 _PRUNE_S = 3600.0
+_PIECE_BYTES = 16 << 20  # Of queries and answers looked at together: at most 32 times as much working memory.
 
 
 class Store:
@@ -349,8 +351,14 @@ class Store:
         arena = getattr(self._arenas, "arena", None)
         if arena is None:
             arena = self._arenas.arena = Arena()
+        # Queries do not know of each other: cut along them, so that working memory has a bound whatever is asked.
+        pieces, parts = cut_attend(verb, _PIECE_BYTES)
         with memory.reading():
-            return engine.attend(memory, sessions, layer, verb.groups, verb.options, arena, self._device, cancel)
+            answers = [
+                engine.attend(memory, sessions, layer, part.groups, verb.options, arena, self._device, cancel)
+                for part in parts
+            ]
+        return join_attended(pieces, answers)
 
     def _search(self, tenant: str, verb: verbs.Search, cancel: Cancel) -> tuple[TopTokens, ...]:
         if not verb.options.top_k:

@@ -195,7 +195,7 @@ class Chunk(NamedTuple):
     part: int
     offset: int  # Bytes from the start of the part's payload.
     crc32: int
-    data: bytes
+    data: bytes | memoryview
 
 
 # --- Metadata filters -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -28,6 +29,7 @@ Progress = Callable[[int, int], None]  # Units done, units in all.
 _SMALL_SEGMENT = 32 << 20  # Segments below this are worth merging, …
 _MANY_SMALL = 16  # … once there are this many.
 _MERGE_BYTES = 128 << 20  # Live bytes rewritten into one new set of segments.
+_GONE = -1  # Primary key of a document that is deleted.
 _TIER = 4  # A unit is merged into a new one that is at least a quarter of its size.
 
 
@@ -120,7 +122,11 @@ class Upkeep:
                 for row, one in zip(known, unit.documents, strict=True)
             )
             if fits and any(row is not None for row in known):
-                units.append(unit)
+                # A rebuilt catalogue gives keys out anew: what is gone must not come back as another document.
+                mine = zip(known, unit.documents, strict=True)
+                units.append(
+                    replace(unit, documents=tuple(one if row else replace(one, pk=_GONE) for row, one in mine))
+                )
             else:
                 self._drop_index(memory, name)
         memory.set_units(tuple(sorted(units, key=lambda unit: -unit.tokens)))

@@ -159,7 +159,8 @@ class DeleteDocument(Verb[None]):
 
 @dataclass(frozen=True, slots=True)
 class OpenSession(Verb[SessionInfo]):
-    repeatable = False
+    """Open a session. A repeated call may leave one behind that nobody knows: its lease ends it."""
+
     memory: str
     fingerprint: Fingerprint
     lease_s: float = 600.0

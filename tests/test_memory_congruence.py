@@ -123,9 +123,9 @@ def life_of_a_memory(held: Held) -> list[object]:
 def documents_life(held: Held) -> list[object]:
     memory = held.memory
     replaced = memory.put("doc-1", *drawn(8, 2, 2, 4), replace=True, metadata={"lang": "rust", "new": True, "x": 0.5})
-    twice = [memory.put("again", *drawn(8, 2, 2, 2), request="r1") for _ in range(2)]
-    memory.delete("doc-0", request="r2")
-    memory.delete("doc-0", request="r2")
+    twice = [memory.put("again", *drawn(8, 2, 2, 2), request_id="r1") for _ in range(2)]
+    memory.delete("doc-0", request_id="r2")
+    memory.delete("doc-0", request_id="r2")
     return [replaced, twice, list(memory.documents()), list(memory.documents("lang exists")), memory.get("doc-1")]
 
 

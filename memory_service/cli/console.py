@@ -25,7 +25,8 @@ PATIENCE_S = 30.0
 UNWATCHED_COLUMNS = 1000
 
 Target = Annotated[
-    str, typer.Option("--target", "-t", envvar="FOT_TARGET", help="A directory, grpc[s]://host:port or unix:path.")
+    str,
+    typer.Option("--target", "-t", envvar="FOT_TARGET", help="A directory, grpc://host:port, grpcs://… or unix:/path."),
 ]
 TokenFile = Annotated[
     Path | None, typer.Option(envvar="FOT_TOKEN_FILE", help="A file that holds the token; or set FOT_TOKEN.")

@@ -28,6 +28,7 @@ from memory_service.types import DocumentInfo
 
 app = typer.Typer(no_args_is_help=True, help="List, show and remove documents.")
 
+TABLE_ROWS = 1000
 Name = Annotated[str, typer.Argument(help="The memory's name.")]
 Where = Annotated[str | None, typer.Option(help="Only those whose metadata match, as in 'lang = py and year >= 2020'.")]
 
@@ -36,7 +37,9 @@ Where = Annotated[str | None, typer.Option(help="Only those whose metadata match
 def list_(
     memory: Name,
     where: Where = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 1000,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many; by default 1000 in a table, all as JSON.")
+    ] = None,
     target: Target = TARGET,
     token_file: TokenFile = None,
     ca: Ca = None,
@@ -44,9 +47,10 @@ def list_(
     json: Json = False,
 ) -> None:
     """List documents by id."""
+    most = limit or (None if json else TABLE_ROWS)
     with connect(target, token_file, ca, insecure) as client:
-        found = list(islice(client.memory(memory).documents(where), limit + 1))
-    documents, more = found[:limit], len(found) > limit
+        found = list(islice(client.memory(memory).documents(where), most and most + 1))
+    documents, more = found[:most], most is not None and len(found) > most
     if json:
         print_json(documents)
         return
@@ -54,7 +58,7 @@ def list_(
     nothing = f"No documents of {memory} match {where}." if where else f"Memory {memory} has no documents yet."
     print_table("", ("document", "tokens ", "metadata", "committed"), rows, nothing)
     if more:
-        say(f"… and more; raise --limit above {limit}, or narrow with --where.")
+        say(f"… and more; raise --limit above {most}, or narrow with --where.")
 
 
 @app.command("show")

@@ -43,7 +43,7 @@ def word(kind: type[Word], given: str) -> Word:
         raise InvalidArgument(f"{given!r} is not one of {', '.join(kind)}") from None
 
 
-def request_id() -> str:
+def fresh_request_id() -> str:
     """A fresh id that lets the service recognise a repeated call."""
     return uuid.uuid4().hex
 
@@ -75,7 +75,7 @@ def put_of(
     metadata: Mapping[str, Scalar] | None,
     replace: bool,
     fingerprint: Fingerprint | None,
-    request: str | None,
+    request_id: str | None,
 ) -> PutDocument:
     """The verb that stores one document."""
     document = Document(
@@ -84,7 +84,7 @@ def put_of(
     if keys.ndim != 4:
         raise InvalidArgument(f"keys must be [layers, kv heads, tokens, head_dim], got shape {list(keys.shape)}")
     conflict = Conflict.REPLACE if replace else Conflict.FAIL
-    return PutDocument(memory, document, fingerprint or spec.fingerprint, conflict, request or request_id())
+    return PutDocument(memory, document, fingerprint or spec.fingerprint, conflict, request_id or fresh_request_id())
 
 
 def put_timeout_s(verb: PutDocument, timeout_s: float) -> float:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from memory_service.client.payload import check_shape, check_token_ids
-from memory_service.client.pieces import Piece, cut_appends, cut_attend, join_appends, join_attended, join_top_tokens
-from memory_service.errors import FotError, NotFound, ResourceExhausted, Unavailable
+from memory_service.errors import DeadlineExceeded, FotError, NotFound, ResourceExhausted, Unavailable
+from memory_service.pieces import Piece, cut_appends, cut_attend, join_appends, join_attended, join_top_tokens
 from memory_service.types import Document, DocumentInfo, Upload
 from memory_service.verbs import (
     AbortUpload,
@@ -209,8 +209,11 @@ class _Budget:
 
     @property
     def left_s(self) -> float:
-        """What is left for the next step; a step always gets a moment, and then fails by its own deadline."""
-        return max(self.until - self.now(), 1e-3)
+        """What is left for the next step. Raises DeadlineExceeded if that is nothing."""
+        left = self.until - self.now()
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed before the work was done; give more time or a smaller scope")
+        return left
 
 
 class _Patience:

@@ -21,11 +21,11 @@ from memory_service.client.arguments import (
     DENSE,
     TokenIds,
     describe,
+    fresh_request_id,
     groups_of,
     options_of,
     put_of,
     put_timeout_s,
-    request_id,
     word,
 )
 from memory_service.client.connection import Connection
@@ -125,16 +125,18 @@ class Memory:
         metadata: Mapping[str, Scalar] | None = None,
         replace: bool = False,
         fingerprint: Fingerprint | None = None,
-        request: str | None = None,
+        request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> DocumentInfo:
         """Store a document durably and all at once: keys and values [L, H, T, D], not rotated, token ids [T].
 
         Tensors are rounded to the memory's dtype. `fingerprint` is the encoding model's, by default the memory's.
-        The same `request` id commits once, however often it is sent. Raises AlreadyExists if the id is taken and not
+        The same `request_id` commits once, however often it is sent. Raises AlreadyExists if the id is taken and not
         `replace`, WrongModel, InvalidArgument, QuotaExceeded. Costs one fsync, shared with other writers.
         """
-        verb = put_of(self.name, self.spec, document, keys, values, token_ids, metadata, replace, fingerprint, request)
+        verb = put_of(
+            self.name, self.spec, document, keys, values, token_ids, metadata, replace, fingerprint, request_id
+        )
         return self.connection.run(
             verb, put_timeout_s(verb, self.connection.timeout_s) if timeout_s is None else timeout_s
         )
@@ -148,9 +150,9 @@ class Memory:
         narrowed = filter_of(where)
         return self.connection.items(lambda page: ListDocuments(self.name, narrowed, MAX_PAGE_SIZE, page))
 
-    def delete(self, document: str, *, request: str | None = None) -> None:
+    def delete(self, document: str, *, request_id: str | None = None) -> None:
         """Delete a document; durable on return. Raises NotFound."""
-        self.connection.run(DeleteDocument(self.name, document, request or request_id()))
+        self.connection.run(DeleteDocument(self.name, document, request_id or fresh_request_id()))
 
     # --- sessions ---
 

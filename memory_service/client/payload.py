@@ -6,6 +6,7 @@ A part of T tokens is keys [L, H, T, D] ‖ values [L, H, T, D] ‖ token ids [T
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def missing_chunks(document: Document, upload: Upload) -> Iterator[Chunk]:
             present, planes = part, _planes(document, part * upload.part_tokens, upload.part_tokens)
         for number in range(first_chunk, first_chunk + chunks):
             data = _slice(planes, number * upload.chunk_bytes, upload.chunk_bytes)
-            yield Chunk(part, number * upload.chunk_bytes, crc32(data), data)
+            # Usually a view: the message that carries it copies it, once.
+            yield Chunk(part, number * upload.chunk_bytes, crc32(data), cast(bytes, data))
 
 
 def check_shape(document: Document, spec: MemorySpec) -> None:
@@ -67,7 +69,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _slice(planes: list[memoryview], offset: int, length: int) -> bytes:
+def _slice(planes: list[memoryview], offset: int, length: int) -> bytes | memoryview:
     """Bytes `offset` to `offset + length` of the planes laid end to end; fewer at their end."""
     found = []
     for plane in planes:
@@ -75,4 +77,4 @@ def _slice(planes: list[memoryview], offset: int, length: int) -> bytes:
             found.append(plane[offset : offset + length])
             length -= len(found[-1])
         offset = max(0, offset - len(plane))
-    return found[0].tobytes() if len(found) == 1 else b"".join(found)
+    return found[0] if len(found) == 1 else b"".join(found)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -94,10 +95,10 @@ def append(store: Store, memory: str, session: str, spec: MemorySpec, keys: Tens
 
 
 def attend(
-    store: Store, memory: str, layer: int, queries: Tensor, scope: Scope | None = None, **options: object
+    store: Store, memory: str, layer: int, queries: Tensor, scope: Scope | None = None, **options: Any
 ) -> Attended:
     """Exact unless told otherwise."""
-    chosen = replace(AttendOptions(engine=Engine.EXACT), **options)  # type: ignore[arg-type]
+    chosen = replace(AttendOptions(engine=Engine.EXACT), **options)
     return store.run(ME, verbs.Attend(memory, layer, (AttendGroup(scope or Scope(), queries),), chosen))[0]
 
 
@@ -245,7 +246,7 @@ def everything_in_small_pieces(token_bytes: int) -> Iterator[None]:
         yield
 
 
-def refused(store: Store, verb: verbs.Verb[object]) -> FotError:
+def refused(store: Store, verb: verbs.Verb[Any]) -> FotError:
     """The error a verb ends with."""
     with pytest.raises(FotError) as caught:
         store.run(ME, verb)

@@ -17,7 +17,6 @@ from memory_service.slabs import largest_norms
 from memory_service.store import Store
 from memory_service.types import AttendGroup, AttendOptions, Cancel, DType, Engine, Partial, Scope
 from tests.memory_service.oracle import (
-    BF16_BAR,
     F32_BAR,
     ME,
     append,
@@ -44,6 +43,7 @@ ARITHMETIC = [
 @pytest.fixture(params=ARITHMETIC)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DType:
     """A storage dtype, with the arithmetic of the scan forced."""
+    stored: DType
     stored, fast = request.param
     force(monkeypatch, fast)
     return stored
@@ -70,8 +70,8 @@ def cut(keys: Tensor, values: Tensor, pieces: int) -> Iterator[Chunk]:
         wide = torch.cat([loud, keys[:, start:middle], loud, keys[:, middle:stop], loud], dim=1)
         filler = torch.full((h, 1, dim), torch.nan, dtype=values.dtype)
         rows = torch.cat([filler, values[:, start:middle], filler, values[:, middle:stop], filler], dim=1)
-        runs = ((1, 1 + middle - start), (2 + middle - start, 2 + stop - start))
-        runs = tuple((a, b) for a, b in runs if a < b)
+        both = ((1, 1 + middle - start), (2 + middle - start, 2 + stop - start))
+        runs = tuple((a, b) for a, b in both if a < b)
         yield Chunk(wide, rows, runs, largest_norms(keys[:, start:stop]), number << 40)
 
 
@@ -196,7 +196,7 @@ def near_ties() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hidden_by_the_query() -> tuple[Tensor, Tensor, Tensor]:
-    """Long keys nearly orthogonal to the queries, whose own rounding moves the small scores by more than they differ."""
+    """Long keys nearly orthogonal to the queries, whose rounding moves small scores by more than they differ."""
     base = random((DIM,), 31)
     keys = random((1, 8192, DIM), 32)
     keys = 16 * (keys - (keys @ base)[..., None] * base / (base @ base))
@@ -443,7 +443,7 @@ def test_attribution_is_the_softmax_mass_of_each_source(store: tuple[Store, DTyp
     if top_k:
         best = scores.topk(top_k, dim=2)
         scores = torch.full_like(scores, -torch.inf).scatter(2, best.indices, best.values)
-    mass = scores.softmax(2).mean((0, 1)).split([700, 1, 2500])
+    mass = torch.split(scores.softmax(2).mean((0, 1)), [700, 1, 2500])
     answer = attend(store[0], "m", 3, QUERIES, top_k=top_k, attribution=True)
     assert {a.source: a.mass for a in answer.attribution or ()} == pytest.approx(
         {f"d{n}": float(part.sum()) for n, part in enumerate(mass) if part.sum()}, abs=1e-4

@@ -347,8 +347,9 @@ def test_the_doctor_says_where_it_may_not_write(fot: Fot, monkeypatch: pytest.Mo
 def served(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A `fot serve` of its own and the first line it prints."""
     command = [*FOT, "serve", *map(str, arguments)]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("FOT_")}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ours | environment
     ) as process:
         assert process.stdout is not None
         try:

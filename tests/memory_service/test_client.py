@@ -514,15 +514,16 @@ def test_a_restart_of_the_service_is_not_noticed(tmp_path: Path) -> None:
 def test_cancelling_a_task_ends_the_call(tmp_path: Path) -> None:
     async def cancelled(target: str) -> None:
         async with AsyncMemory.open(target, spec=WIDE) as memory:
-            await memory.put("d", *drawn(3000, WIDE))
-            call = asyncio.create_task(memory.attend(3, torch.randn(8, 4000, 64), top_k=512, measure=True))
+            await memory.put("d", *drawn(20_000, WIDE))
+            call = asyncio.create_task(memory.attend(3, torch.randn(8, 4000, 64), top_k=8))
             await asyncio.sleep(0.05)
             call.cancel()
             started = time.monotonic()
             with pytest.raises(asyncio.CancelledError):
                 await call
             assert time.monotonic() - started < 1
-            assert (await memory.get("d")).tokens == 3000
+            assert (await memory.get("d")).tokens == 20_000
 
+    asyncio.run(cancelled(":memory:"))
     with serving(tmp_path / "served") as target:
         asyncio.run(cancelled(target))

@@ -23,7 +23,7 @@ from memory_service.settings import StoreOptions
 from memory_service.store import Store
 from memory_service.types import OperationKind, OperationState
 from tests.memory_service.oracle import ME, attend, error, finish, reference
-from tests.memory_service.victims import SPEC, made
+from tests.memory_service.victims import made
 
 ROOT = Path(__file__).parents[2]
 QUERIES = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))

@@ -64,12 +64,8 @@ class Step:
 STEPS = (
     Step("put a small one", lambda store: put(store, "m", SMALL, request_id="1"), (OLD, SMALL)),
     Step("put a large one", lambda store: put(store, "m", LARGE, request_id="2"), (OLD, SMALL, LARGE)),
-    Step(
-        "replace", lambda store: put(store, "m", NEWER, replacing=True, request_id="3"), (NEWER, SMALL, LARGE)
-    ),
-    Step(
-        "delete", lambda store: store.run(ME, verbs.DeleteDocument("m", "small", request_id="4")), (NEWER, LARGE)
-    ),
+    Step("replace", lambda store: put(store, "m", NEWER, replacing=True, request_id="3"), (NEWER, SMALL, LARGE)),
+    Step("delete", lambda store: store.run(ME, verbs.DeleteDocument("m", "small", request_id="4")), (NEWER, LARGE)),
     Step("compact", _compact, (NEWER, LARGE)),
     Step("create", lambda store: store.run(ME, verbs.CreateMemory("n", SPEC)), (NEWER, LARGE)),
 )

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_service.client.payload import check_token_ids, missing_chunks, payload_bytes
-from memory_service.client.pieces import (
+from memory_service.errors import InvalidArgument
+from memory_service.pieces import (
     Piece,
     cut_appends,
     cut_attend,
@@ -19,7 +20,6 @@ from memory_service.client.pieces import (
     join_top_tokens,
     plan,
 )
-from memory_service.errors import InvalidArgument
 from memory_service.types import (
     Attended,
     AttendGroup,

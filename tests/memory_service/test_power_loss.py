@@ -6,8 +6,10 @@ and of everything else any mixture may.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from memory_service import verbs
 from memory_service.settings import StoreOptions
 from memory_service.store import Store
 from memory_service.types import Document, OperationKind, OperationState
+from memory_service.vfs import File, OsVfs, Vfs
 from tests.memory_service.faults import FaultVfs, State
 from tests.memory_service.oracle import (
     ME,
@@ -119,7 +122,7 @@ def holds(store: Store) -> Content:
     return content
 
 
-def look(state: State, directory: Path, vfs: FaultVfs | None = None) -> None:
+def look(state: State, directory: Path, vfs: Vfs | None = None) -> None:
     """Open what is left: it holds what was acknowledged, and perhaps what was under way, whole."""
     state.materialise(directory)
     with Store.open(directory, OPTIONS, vfs) as store:
@@ -130,18 +133,44 @@ def look(state: State, directory: Path, vfs: FaultVfs | None = None) -> None:
         assert {path.name for path in directory.rglob("*.safetensors")} == known, state.name
 
 
-def test_the_store_is_right_after_a_power_loss_at_any_point(disk: FaultVfs, tmp_path: Path) -> None:
+def look_at_all(disk: FaultVfs, tmp_path: Path, subsets: int, seed: int) -> int:
+    """Every state, opened; how many they were."""
     looked_at = 0
-    for number, state in enumerate(different(disk.power_loss_states(subsets=2, seed=1))):
-        directory = tmp_path / str(number)
+    for state in different(disk.power_loss_states(subsets=subsets, seed=seed)):
+        directory = tmp_path / str(looked_at)
         directory.mkdir()
         try:
-            look(state, directory)
+            look(state, directory, Hasty())
         except Exception as problem:
             raise AssertionError(f"after {state.marks[-1:]}, {state.name}") from problem
         shutil.rmtree(directory)
         looked_at += 1
-    assert looked_at >= 200
+    return looked_at
+
+
+class Hasty(OsVfs):
+    """Syncs nothing: what a state holds does not depend on it, and it takes most of the time."""
+
+    def fsync(self, file: File) -> None:
+        pass
+
+    def fdatasync(self, file: File) -> None:
+        pass
+
+    def fsync_directory(self, path: Path) -> None:
+        pass
+
+
+def test_the_store_is_right_after_a_power_loss_at_any_point(disk: FaultVfs, tmp_path: Path) -> None:
+    assert look_at_all(disk, tmp_path, subsets=1, seed=1) >= 200
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_the_store_is_right_whatever_mixture_survives(disk: FaultVfs, tmp_path: Path) -> None:
+    subsets, seed = int(os.environ.get("FOT_SOAK_MIXTURES", "20")), time.time_ns() % 1_000_000
+    print(f"seed {seed}")
+    print(f"{look_at_all(disk, tmp_path, subsets, seed)} states")
 
 
 def test_a_second_power_loss_during_recovery_changes_nothing(disk: FaultVfs, tmp_path: Path) -> None:
@@ -158,7 +187,7 @@ def test_a_second_power_loss_during_recovery_changes_nothing(disk: FaultVfs, tmp
             inside = tmp_path / f"{number}-{turn}"
             inside.mkdir()
             try:
-                look(State(second.name, first.marks, second.files, second.directories), inside)
+                look(State(second.name, first.marks, second.files, second.directories), inside, Hasty())
             except Exception as problem:
                 raise AssertionError(f"after {first.name}, then {second.name}") from problem
             shutil.rmtree(inside)
@@ -168,7 +197,7 @@ def test_a_sync_left_out_would_be_noticed(tmp_path: Path) -> None:
     """The same look at a store that does not sync its data: some state must be wrong, or the look sees nothing."""
 
     class Careless(FaultVfs):
-        def fdatasync(self, file: object) -> None:
+        def fdatasync(self, file: File) -> None:
             pass
 
     root = tmp_path / "scenario"
