@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from memory_service.errors import FotError
 from memory_service.live_memory import LiveMemory
-from memory_service.operations import Operations
+from memory_service.operations import Operations, give_way
 from memory_service.types import Cancel, OperationKind, OperationState
 from memory_service.upkeep import Upkeep
 from memory_service.vfs import StorageFailed
@@ -17,7 +18,19 @@ from memory_service.vfs import StorageFailed
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_QUIET_S = 2.0  # A memory nobody wrote to for so long is compacted and indexed, …
+_PATIENCE_S = 60.0  # … and one that is written to all the time, this often.
 _CALM_S = 60.0  # After an operation failed, the same is not started by itself for so long.
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of a memory since the last visit."""
+
+    changed_at: float
+    tended_at: float
+    version: int = -1
+    tended_version: int = -1
 
 
 class Background:
@@ -41,7 +54,7 @@ class Background:
         self._storage_failed = storage_failed
         self._stopping = threading.Event()
         self._cancel = Cancel()
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, _Seen] = {}  # By the memory's key.
         self._thread = threading.Thread(target=self._run, name="fot-upkeep", daemon=True)
 
     def start(self) -> None:
@@ -54,16 +67,27 @@ class Background:
             self._thread.join()
 
     def _run(self) -> None:
+        give_way()
         while not self._stopping.wait(_TICK_S):
             for chore in self._chores:
                 self._try(chore)
             for memory in self._memories():
-                version = memory.version
-                if self._seen.get(memory.row.key) != version and not self._stopping.is_set() and self._writable():
-                    self._try(lambda memory=memory: self._look_after(memory))  # type: ignore[misc]
-                    self._seen[memory.row.key] = version
+                if not self._stopping.is_set() and self._writable():
+                    self._visit(memory)
 
-    def _try(self, step: Callable[[], None]) -> None:
+    def _visit(self, memory: LiveMemory) -> None:
+        """Warm what is new at once; compact and index when writers pause, or when they have not for long."""
+        now = time.monotonic()
+        seen = self._seen.setdefault(memory.row.key, _Seen(changed_at=now, tended_at=now))
+        if seen.version != memory.version:
+            self._try(lambda: self._upkeep.warm(memory, self._cancel))
+            seen.version, seen.changed_at = memory.version, now
+        quiet, patience = now - seen.changed_at, now - seen.tended_at
+        if seen.tended_version != memory.version and (quiet >= _QUIET_S or patience >= _PATIENCE_S):
+            self._try(lambda: self._tend(memory))
+            seen.tended_version, seen.tended_at = memory.version, now
+
+    def _try(self, step: Callable[[], object]) -> None:
         try:
             step()
         except StorageFailed as error:
@@ -74,8 +98,7 @@ class Background:
         except Exception:
             log.exception("upkeep failed")
 
-    def _look_after(self, memory: LiveMemory) -> None:
-        self._upkeep.warm(memory, self._cancel)
+    def _tend(self, memory: LiveMemory) -> None:
         row = memory.row
         if self._upkeep.wants_compaction(memory) and self._calm(memory, OperationKind.COMPACT):
             self._operations.start(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from memory_service import messages as m
+from memory_service import query_messages as q
 from memory_service import verbs as v
 from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, InvalidArgument
@@ -18,14 +19,13 @@ from memory_service.types import (
     Attended,
     AttendGroup,
     AttendOptions,
-    Chunk,
     Document,
     Fetched,
     Page,
     TopTokens,
 )
 from memory_service.v1 import memory_pb2 as pb
-from memory_service.wire import INTEGERS, from_bytes, read_tensor, tensor_bytes, write_tensor
+from memory_service.wire import INTEGERS, from_bytes, parse, read_tensor, tensor_bytes, write_tensor
 
 SERVICE = "memory_service.v1.MemoryService"
 PIECE_BYTES = 1 << 20
@@ -82,15 +82,15 @@ class Rpc:
         return self.from_response(parse(self.response, raw) for raw in raws)
 
 
-def parse(kind: type[Message], raw: bytes) -> Any:
-    """A message from its bytes. Raises InvalidArgument if they are none of this kind."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError as error:
-        raise InvalidArgument(f"these bytes are no {kind.DESCRIPTOR.name}") from error
+# --- Memories and documents -----------------------------------------------------------------------------------------
 
 
-# --- Documents ------------------------------------------------------------------------------------------------------
+def _write_create(verb: v.CreateMemory) -> Message:
+    return pb.CreateMemoryRequest(name=verb.name, spec=m.write_spec(verb.spec))
+
+
+def _read_create(r: pb.CreateMemoryRequest) -> v.CreateMemory:
+    return v.CreateMemory(r.name, m.read_spec(r.spec))
 
 
 def _write_put(verb: v.PutDocument) -> Message:
@@ -146,16 +146,24 @@ def _read_begin(r: pb.BeginUploadRequest) -> v.BeginUpload:
     )
 
 
-def _write_list_documents(verb: v.ListDocuments) -> Message:
-    where = None if verb.where is None else m.write_filter(verb.where)
+def _write_list(verb: v.ListDocuments) -> Message:
+    where = None if verb.where is None else q.write_filter(verb.where)
     return pb.ListDocumentsRequest(
         memory=verb.memory, where=where, page_size=verb.page_size, page_token=verb.page_token
     )
 
 
-def _read_list_documents(r: pb.ListDocumentsRequest) -> v.ListDocuments:
-    where = m.read_filter(r.where) if r.HasField("where") else None
+def _read_list(r: pb.ListDocumentsRequest) -> v.ListDocuments:
+    where = q.read_filter(r.where) if r.HasField("where") else None
     return v.ListDocuments(r.memory, where, r.page_size, r.page_token)
+
+
+# --- Sessions and operations ----------------------------------------------------------------------------------------
+
+
+def _write_open_session(verb: v.OpenSession) -> Message:
+    lease = m.write_duration(verb.lease_s, "lease")
+    return pb.OpenSessionRequest(memory=verb.memory, fingerprint=m.write_fingerprint(verb.fingerprint), lease=lease)
 
 
 def _read_open_session(r: pb.OpenSessionRequest) -> v.OpenSession:
@@ -163,108 +171,60 @@ def _read_open_session(r: pb.OpenSessionRequest) -> v.OpenSession:
     return v.OpenSession(r.memory, m.read_fingerprint(r.fingerprint), lease_s)
 
 
+def _write_appends(verb: v.AppendSessions) -> Message:
+    return pb.AppendSessionsRequest(memory=verb.memory, appends=map(m.write_append, verb.appends))
+
+
 def _read_appends(r: pb.AppendSessionsRequest) -> v.AppendSessions:
     m.check_count(len(r.appends), MAX_GROUPS, "appends")
     return v.AppendSessions(r.memory, tuple(map(m.read_append, r.appends)))
 
 
-# --- Chunks ---------------------------------------------------------------------------------------------------------
+def _write_start(verb: v.StartOperation) -> Message:
+    return pb.StartOperationRequest(memory=verb.memory, kind=m.OPERATION_KIND[verb.kind])
 
 
-class UploadPiece(NamedTuple):
-    """A chunk and the upload it belongs to; empty names mean those of the stream's first message."""
-
-    memory: str
-    upload: str
-    chunk: Chunk
-
-
-_DATA_TAG = pb.UploadChunksRequest.DATA_FIELD_NUMBER << 3 | 2
-
-
-def encode_chunk(memory: str, upload: str, chunk: Chunk) -> bytes:
-    """An UploadChunksRequest's bytes, copying the chunk's data once where protobuf would twice."""
-    head = pb.UploadChunksRequest(
-        memory=memory, upload=upload, part=chunk.part, offset=chunk.offset, crc32=chunk.crc32
-    ).SerializeToString()
-    # Serialised messages concatenate: a field may simply follow.
-    return b"".join((head, bytes((_DATA_TAG,)), _varint(len(chunk.data)), chunk.data))
-
-
-def decode_chunk(raw: bytes) -> UploadPiece:
-    """The chunk in an UploadChunksRequest's bytes. Its data is a view of them, where protobuf would copy it twice.
-
-    Raises InvalidArgument if the bytes are no such message.
-    """
-    start, data_start = _find_trailing_data(raw)
-    message = parse(pb.UploadChunksRequest, raw[:start])
-    data = memoryview(raw)[data_start:] if start < len(raw) else message.data
-    return UploadPiece(message.memory, message.upload, Chunk(message.part, message.offset, message.crc32, data))
-
-
-def _find_trailing_data(raw: bytes) -> tuple[int, int]:
-    """Where the data field starts, tag and content, if it ends the message; else twice the message's length."""
-    at = 0
-    try:
-        while at < len(raw):
-            tag, after_tag = _read_varint(raw, at)
-            length, after = _read_varint(raw, after_tag)
-            if tag == _DATA_TAG and after + length == len(raw):
-                return at, after
-            if tag & 7 not in (0, 2) or tag == _DATA_TAG:
-                break
-            at = after + length if tag & 7 == 2 else after
-    except IndexError:
-        pass  # Cut short; the parser says so.
-    return len(raw), len(raw)
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
-    number = shift = 0
-    while raw[at] & 0x80 and shift < 63:
-        number |= (raw[at] & 0x7F) << shift
-        shift += 7
-        at += 1
-    return number | raw[at] << shift, at + 1
+def _read_start(r: pb.StartOperationRequest) -> v.StartOperation:
+    return v.StartOperation(r.memory, m.read_word(m.OPERATION_KINDS, r.kind, "kind"))
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 
-def _write_attend(verb: v.Attend | v.Search, message: Any) -> Message:
-    message.memory = verb.memory
-    message.layer = verb.layer
-    for group in verb.groups:
-        m.write_group(group, message.groups.add())
-    m.write_options(verb.options, message.options)
-    return message  # type: ignore[no-any-return]
-
-
-def _read_attend(r: Any) -> tuple[str, int, tuple[AttendGroup, ...], AttendOptions]:
-    m.check_count(len(r.groups), MAX_GROUPS, "groups")
-    return r.memory, r.layer, tuple(map(m.read_group, r.groups)), m.read_options(r.options)
-
-
-def _write_attended(answers: tuple[Attended, ...]) -> Message:
-    message = pb.AttendResponse()
-    for answer in answers:
-        m.write_attended(answer, message.answers.add())
+def _write_attend(verb: v.Attend) -> Message:
+    message = pb.AttendRequest(memory=verb.memory, layer=verb.layer)
+    _write_query(verb, message)
     return message
 
 
-def _write_found(answers: tuple[TopTokens, ...]) -> Message:
-    message = pb.SearchResponse()
+def _write_search(verb: v.Search) -> Message:
+    message = pb.SearchRequest(memory=verb.memory, layer=verb.layer)
+    _write_query(verb, message)
+    return message
+
+
+def _write_query(verb: v.Attend | v.Search, message: pb.AttendRequest | pb.SearchRequest) -> None:
+    for group in verb.groups:
+        q.write_group(group, message.groups.add())
+    q.write_options(verb.options, message.options)
+
+
+def _read_query(r: Any) -> tuple[str, int, tuple[AttendGroup, ...], AttendOptions]:
+    m.check_count(len(r.groups), MAX_GROUPS, "groups")
+    return r.memory, r.layer, tuple(map(q.read_group, r.groups)), q.read_options(r.options)
+
+
+def _write_attended(answers: tuple[Attended, ...], response: type[pb.AttendResponse]) -> Message:
+    message = response()
     for answer in answers:
-        m.write_top_tokens(answer, message.answers.add())
+        q.write_attended(answer, message.answers.add())
+    return message
+
+
+def _write_found(answers: tuple[TopTokens, ...], response: type[pb.SearchResponse]) -> Message:
+    message = response()
+    for answer in answers:
+        q.write_top_tokens(answer, message.answers.add())
     return message
 
 
@@ -282,7 +242,7 @@ def answer_bytes(verb: v.Verb[Any]) -> int:
 # --- Fetch ----------------------------------------------------------------------------------------------------------
 
 
-def _write_fetched(fetched: Fetched) -> Iterator[Message]:
+def _write_fetched(fetched: Fetched, response: type[pb.FetchResponse]) -> Iterator[Message]:
     heads, tokens, head_dim = fetched.keys.shape
     dtype = write_tensor(fetched.keys[:0]).dtype
     layout = pb.FetchLayout(
@@ -290,9 +250,9 @@ def _write_fetched(fetched: Fetched) -> Iterator[Message]:
     )
     # The layout goes with the keys' first bytes, or alone where there are none.
     if not fetched.keys.numel():
-        yield pb.FetchResponse(layout=layout)
+        yield response(layout=layout)
     for number, data in enumerate(_cut((fetched.keys, fetched.values, fetched.token_ids.to(torch.int64)))):
-        yield pb.FetchResponse(layout=None if number else layout, data=data, crc32=crc32(data))
+        yield response(layout=None if number else layout, data=data, crc32=crc32(data))
 
 
 def _cut(tensors: Iterable[torch.Tensor]) -> Iterator[bytes]:
@@ -327,255 +287,91 @@ def _read_fetched(pieces: Iterable[pb.FetchResponse]) -> Fetched:
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def _nothing(message: Any) -> None:
-    return None
+class _Answer(NamedTuple):
+    """How an answer is written into a response of the given type, and read from it."""
+
+    write: Callable[[Any, type[Any]], Any]
+    read: Callable[[Any], Any]
+
+
+def _one(field: str, write: Callable[[Any], Message], read: Callable[[Any], Any]) -> _Answer:
+    """An answer that is one field of the response."""
+    return _Answer(
+        lambda answer, response: response(**{field: write(answer)}), lambda message: read(getattr(message, field))
+    )
+
+
+def _page(field: str, write: Callable[[Any], Message], read: Callable[[Any], Any]) -> _Answer:
+    """A page of a listing."""
+    return _Answer(
+        lambda page, response: response(**{field: map(write, page.items), "next_page_token": page.next}),
+        lambda message: Page(tuple(map(read, getattr(message, field))), message.next_page_token),
+    )
+
+
+_MEMORY = _one("memory", m.write_memory, m.read_memory)
+_DOCUMENT = _one("document", m.write_document, m.read_document)
+_UPLOAD = _one("upload", m.write_upload, m.read_upload)
+_SESSION = _one("session", m.write_session, m.read_session)
+_OPERATION = _one("operation", m.write_operation, m.read_operation)
+_NOTHING = _Answer(lambda answer, response: response(), lambda message: None)
+_MANY_SESSIONS = _Answer(
+    lambda sessions, response: response(sessions=map(m.write_session, sessions)),
+    lambda message: tuple(map(m.read_session, message.sessions)),
+)
+_ATTENDED = _Answer(_write_attended, lambda message: tuple(map(q.read_attended, message.answers)))
+_FOUND = _Answer(_write_found, lambda message: tuple(map(q.read_top_tokens, message.answers)))
+_FETCHED = _Answer(_write_fetched, _read_fetched)
 
 
 def _rpc(
     verb: type[v.Verb[Any]],
-    request: type[Message],
-    response: type[Message],
-    to_request: Callable[[Any], Message],
-    from_request: Callable[[Any], v.Verb[Any]],
-    to_response: Callable[[Any], Any],
-    from_response: Callable[[Any], Any],
+    answer: _Answer,
+    write: Callable[[Any], Message] | None = None,
+    read: Callable[[Any], v.Verb[Any]] | None = None,
     streamed: bool = False,
-) -> tuple[type[v.Verb[Any]], Rpc]:
-    return verb, Rpc(verb, request, response, to_request, from_request, to_response, from_response, streamed)
-
-
-RPCS: Mapping[type[v.Verb[Any]], Rpc] = dict(
-    (
-        _rpc(
-            v.CreateMemory,
-            pb.CreateMemoryRequest,
-            pb.CreateMemoryResponse,
-            lambda verb: pb.CreateMemoryRequest(name=verb.name, spec=m.write_spec(verb.spec)),
-            lambda r: v.CreateMemory(r.name, m.read_spec(r.spec)),
-            lambda a: pb.CreateMemoryResponse(memory=m.write_memory(a)),
-            lambda r: m.read_memory(r.memory),
-        ),
-        _rpc(
-            v.GetMemory,
-            pb.GetMemoryRequest,
-            pb.GetMemoryResponse,
-            lambda verb: pb.GetMemoryRequest(name=verb.name),
-            lambda r: v.GetMemory(r.name),
-            lambda a: pb.GetMemoryResponse(memory=m.write_memory(a)),
-            lambda r: m.read_memory(r.memory),
-        ),
-        _rpc(
-            v.ListMemories,
-            pb.ListMemoriesRequest,
-            pb.ListMemoriesResponse,
-            lambda verb: pb.ListMemoriesRequest(page_size=verb.page_size, page_token=verb.page_token),
-            lambda r: v.ListMemories(r.page_size, r.page_token),
-            lambda a: pb.ListMemoriesResponse(memories=map(m.write_memory, a.items), next_page_token=a.next),
-            lambda r: Page(tuple(map(m.read_memory, r.memories)), r.next_page_token),
-        ),
-        _rpc(
-            v.DeleteMemory,
-            pb.DeleteMemoryRequest,
-            pb.DeleteMemoryResponse,
-            lambda verb: pb.DeleteMemoryRequest(name=verb.name),
-            lambda r: v.DeleteMemory(r.name),
-            lambda a: pb.DeleteMemoryResponse(),
-            _nothing,
-        ),
-        _rpc(
-            v.PutDocument,
-            pb.PutDocumentRequest,
-            pb.PutDocumentResponse,
-            _write_put,
-            _read_put,
-            lambda a: pb.PutDocumentResponse(document=m.write_document(a)),
-            lambda r: m.read_document(r.document),
-        ),
-        _rpc(
-            v.BeginUpload,
-            pb.BeginUploadRequest,
-            pb.BeginUploadResponse,
-            _write_begin,
-            _read_begin,
-            lambda a: pb.BeginUploadResponse(upload=m.write_upload(a)),
-            lambda r: m.read_upload(r.upload),
-        ),
-        _rpc(
-            v.GetUpload,
-            pb.GetUploadRequest,
-            pb.GetUploadResponse,
-            lambda verb: pb.GetUploadRequest(memory=verb.memory, upload=verb.upload),
-            lambda r: v.GetUpload(r.memory, r.upload),
-            lambda a: pb.GetUploadResponse(upload=m.write_upload(a)),
-            lambda r: m.read_upload(r.upload),
-        ),
-        _rpc(
-            v.CommitUpload,
-            pb.CommitUploadRequest,
-            pb.CommitUploadResponse,
-            lambda verb: pb.CommitUploadRequest(memory=verb.memory, upload=verb.upload),
-            lambda r: v.CommitUpload(r.memory, r.upload),
-            lambda a: pb.CommitUploadResponse(document=m.write_document(a)),
-            lambda r: m.read_document(r.document),
-        ),
-        _rpc(
-            v.AbortUpload,
-            pb.AbortUploadRequest,
-            pb.AbortUploadResponse,
-            lambda verb: pb.AbortUploadRequest(memory=verb.memory, upload=verb.upload),
-            lambda r: v.AbortUpload(r.memory, r.upload),
-            lambda a: pb.AbortUploadResponse(),
-            _nothing,
-        ),
-        _rpc(
-            v.GetDocument,
-            pb.GetDocumentRequest,
-            pb.GetDocumentResponse,
-            lambda verb: pb.GetDocumentRequest(memory=verb.memory, document=verb.document),
-            lambda r: v.GetDocument(r.memory, r.document),
-            lambda a: pb.GetDocumentResponse(document=m.write_document(a)),
-            lambda r: m.read_document(r.document),
-        ),
-        _rpc(
-            v.ListDocuments,
-            pb.ListDocumentsRequest,
-            pb.ListDocumentsResponse,
-            _write_list_documents,
-            _read_list_documents,
-            lambda a: pb.ListDocumentsResponse(documents=map(m.write_document, a.items), next_page_token=a.next),
-            lambda r: Page(tuple(map(m.read_document, r.documents)), r.next_page_token),
-        ),
-        _rpc(
-            v.DeleteDocument,
-            pb.DeleteDocumentRequest,
-            pb.DeleteDocumentResponse,
-            lambda verb: pb.DeleteDocumentRequest(
-                memory=verb.memory, document=verb.document, request_id=verb.request_id
-            ),
-            lambda r: v.DeleteDocument(r.memory, r.document, r.request_id),
-            lambda a: pb.DeleteDocumentResponse(),
-            _nothing,
-        ),
-        _rpc(
-            v.OpenSession,
-            pb.OpenSessionRequest,
-            pb.OpenSessionResponse,
-            lambda verb: pb.OpenSessionRequest(
-                memory=verb.memory,
-                fingerprint=m.write_fingerprint(verb.fingerprint),
-                lease=m.write_duration(verb.lease_s, "lease"),
-            ),
-            _read_open_session,
-            lambda a: pb.OpenSessionResponse(session=m.write_session(a)),
-            lambda r: m.read_session(r.session),
-        ),
-        _rpc(
-            v.AppendSessions,
-            pb.AppendSessionsRequest,
-            pb.AppendSessionsResponse,
-            lambda verb: pb.AppendSessionsRequest(memory=verb.memory, appends=map(m.write_append, verb.appends)),
-            _read_appends,
-            lambda a: pb.AppendSessionsResponse(sessions=map(m.write_session, a)),
-            lambda r: tuple(map(m.read_session, r.sessions)),
-        ),
-        _rpc(
-            v.RenewSession,
-            pb.RenewSessionRequest,
-            pb.RenewSessionResponse,
-            lambda verb: pb.RenewSessionRequest(memory=verb.memory, session=verb.session),
-            lambda r: v.RenewSession(r.memory, r.session),
-            lambda a: pb.RenewSessionResponse(session=m.write_session(a)),
-            lambda r: m.read_session(r.session),
-        ),
-        _rpc(
-            v.CloseSession,
-            pb.CloseSessionRequest,
-            pb.CloseSessionResponse,
-            lambda verb: pb.CloseSessionRequest(memory=verb.memory, session=verb.session),
-            lambda r: v.CloseSession(r.memory, r.session),
-            lambda a: pb.CloseSessionResponse(),
-            _nothing,
-        ),
-        _rpc(
-            v.Attend,
-            pb.AttendRequest,
-            pb.AttendResponse,
-            lambda verb: _write_attend(verb, pb.AttendRequest()),
-            lambda r: v.Attend(*_read_attend(r)),
-            _write_attended,
-            lambda r: tuple(map(m.read_attended, r.answers)),
-        ),
-        _rpc(
-            v.Search,
-            pb.SearchRequest,
-            pb.SearchResponse,
-            lambda verb: _write_attend(verb, pb.SearchRequest()),
-            lambda r: v.Search(*_read_attend(r)),
-            _write_found,
-            lambda r: tuple(map(m.read_top_tokens, r.answers)),
-        ),
-        _rpc(
-            v.Fetch,
-            pb.FetchRequest,
-            pb.FetchResponse,
-            lambda verb: pb.FetchRequest(
-                memory=verb.memory,
-                source=verb.source,
-                layer=verb.layer,
-                first_token=verb.first_token,
-                tokens=verb.tokens,
-            ),
-            lambda r: v.Fetch(r.memory, r.source, r.layer, r.first_token, r.tokens),
-            _write_fetched,
-            _read_fetched,
-            streamed=True,
-        ),
-        _rpc(
-            v.GetStats,
-            pb.GetStatsRequest,
-            pb.GetStatsResponse,
-            lambda verb: pb.GetStatsRequest(memory=verb.memory),
-            lambda r: v.GetStats(r.memory),
-            lambda a: pb.GetStatsResponse(stats=m.write_stats(a)),
-            lambda r: m.read_stats(r.stats),
-        ),
-        _rpc(
-            v.StartOperation,
-            pb.StartOperationRequest,
-            pb.StartOperationResponse,
-            lambda verb: pb.StartOperationRequest(memory=verb.memory, kind=m.OPERATION_KIND[verb.kind]),
-            lambda r: v.StartOperation(r.memory, m.read_word(m.OPERATION_KINDS, r.kind, "kind")),
-            lambda a: pb.StartOperationResponse(operation=m.write_operation(a)),
-            lambda r: m.read_operation(r.operation),
-        ),
-        _rpc(
-            v.GetOperation,
-            pb.GetOperationRequest,
-            pb.GetOperationResponse,
-            lambda verb: pb.GetOperationRequest(operation=verb.operation),
-            lambda r: v.GetOperation(r.operation),
-            lambda a: pb.GetOperationResponse(operation=m.write_operation(a)),
-            lambda r: m.read_operation(r.operation),
-        ),
-        _rpc(
-            v.ListOperations,
-            pb.ListOperationsRequest,
-            pb.ListOperationsResponse,
-            lambda verb: pb.ListOperationsRequest(
-                memory=verb.memory, page_size=verb.page_size, page_token=verb.page_token
-            ),
-            lambda r: v.ListOperations(r.memory, r.page_size, r.page_token),
-            lambda a: pb.ListOperationsResponse(operations=map(m.write_operation, a.items), next_page_token=a.next),
-            lambda r: Page(tuple(map(m.read_operation, r.operations)), r.next_page_token),
-        ),
-        _rpc(
-            v.CancelOperation,
-            pb.CancelOperationRequest,
-            pb.CancelOperationResponse,
-            lambda verb: pb.CancelOperationRequest(operation=verb.operation),
-            lambda r: v.CancelOperation(r.operation),
-            lambda a: pb.CancelOperationResponse(operation=m.write_operation(a)),
-            lambda r: m.read_operation(r.operation),
-        ),
+) -> Rpc:
+    """The rpc of a verb; without `write` and `read`, the verb's fields are the request's, as they are."""
+    request, response = getattr(pb, f"{verb.__name__}Request"), getattr(pb, f"{verb.__name__}Response")
+    names = tuple(field.name for field in fields(verb))
+    return Rpc(
+        verb,
+        request,
+        response,
+        to_request=write or (lambda verb: request(**{name: getattr(verb, name) for name in names})),
+        from_request=read or (lambda message: verb(**{name: getattr(message, name) for name in names})),
+        to_response=lambda found: answer.write(found, response),
+        from_response=answer.read,
+        streamed=streamed,
     )
-)
+
+
+RPCS: Mapping[type[v.Verb[Any]], Rpc] = {
+    rpc.verb: rpc
+    for rpc in (
+        _rpc(v.CreateMemory, _MEMORY, _write_create, _read_create),
+        _rpc(v.GetMemory, _MEMORY),
+        _rpc(v.ListMemories, _page("memories", m.write_memory, m.read_memory)),
+        _rpc(v.DeleteMemory, _NOTHING),
+        _rpc(v.PutDocument, _DOCUMENT, _write_put, _read_put),
+        _rpc(v.BeginUpload, _UPLOAD, _write_begin, _read_begin),
+        _rpc(v.GetUpload, _UPLOAD),
+        _rpc(v.CommitUpload, _DOCUMENT),
+        _rpc(v.AbortUpload, _NOTHING),
+        _rpc(v.GetDocument, _DOCUMENT),
+        _rpc(v.ListDocuments, _page("documents", m.write_document, m.read_document), _write_list, _read_list),
+        _rpc(v.DeleteDocument, _NOTHING),
+        _rpc(v.OpenSession, _SESSION, _write_open_session, _read_open_session),
+        _rpc(v.AppendSessions, _MANY_SESSIONS, _write_appends, _read_appends),
+        _rpc(v.RenewSession, _SESSION),
+        _rpc(v.CloseSession, _NOTHING),
+        _rpc(v.Attend, _ATTENDED, _write_attend, lambda r: v.Attend(*_read_query(r))),
+        _rpc(v.Search, _FOUND, _write_search, lambda r: v.Search(*_read_query(r))),
+        _rpc(v.Fetch, _FETCHED, streamed=True),
+        _rpc(v.GetStats, _one("stats", m.write_stats, m.read_stats)),
+        _rpc(v.StartOperation, _OPERATION, _write_start, _read_start),
+        _rpc(v.GetOperation, _OPERATION),
+        _rpc(v.ListOperations, _page("operations", m.write_operation, m.read_operation)),
+        _rpc(v.CancelOperation, _OPERATION),
+    )
+}

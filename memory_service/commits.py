@@ -38,7 +38,6 @@ class Job:
     memory: LiveMemory
     request: Request
     stagings: Sequence[Staging]
-    done: bool = False
     answer: DocumentInfo | None = None
     error: FotError | None = None
 
@@ -46,9 +45,12 @@ class Job:
     def nbytes(self) -> int:
         return sum(staging.nbytes for staging in self.stagings)
 
+    def done(self) -> bool:
+        """Whether it was committed or refused."""
+        return self.answer is not None or self.error is not None
+
     def settle(self, answer: DocumentInfo | None, error: FotError | None = None) -> None:
         self.answer, self.error = answer, error
-        self.done = True
 
 
 class Commits:
@@ -77,11 +79,11 @@ class Commits:
         """Wait until the document is durable and visible."""
         with self._turn:
             self._queue.append(job)
-        while not job.done:
+        while not job.done():
             with self._turn:
-                while self._leading and not job.done:
+                while self._leading and not job.done():
                     self._turn.wait()
-                if job.done:
+                if job.done():
                     break
                 self._leading = True
             try:
@@ -118,11 +120,11 @@ class Commits:
             if isinstance(error, StorageFailed):
                 self._storage_failed(error)
             for job in batch:
-                if not job.done:
+                if not job.done():
                     job.settle(None, error)
         except BaseException:
             for job in batch:
-                if not job.done:
+                if not job.done():
                     job.settle(None, Unavailable("the commit failed; whether it took effect is not known, ask again"))
             raise
 

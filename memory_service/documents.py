@@ -45,9 +45,13 @@ class Documents:
         memory.spec.check_model(verb.fingerprint)
         one = verb.document
         _check_tensors(memory.spec, one)
-        upload = self._begin(tenant, memory, Request(one.id, one.tokens, one.metadata, verb.conflict, verb.request_id))
-        if upload.committed is not None:
-            return upload.committed
+        request = Request(one.id, one.tokens, one.metadata, verb.conflict, verb.request_id)
+        # The commit asks for the request id anyway; before it, only where the document is there already: the
+        # catalogue is busy while others' commits are synced.
+        known = self._commits.known(tenant, request) if one.id in memory.documents else None
+        if known is not None:
+            return known
+        upload = self._uploads.begin(tenant, memory, request)
         try:
             with upload.lock:
                 first = 0
@@ -68,7 +72,10 @@ class Documents:
         """Reserve room for a document that comes in chunks."""
         memory.spec.check_model(verb.fingerprint)
         request = Request(verb.document, verb.tokens, verb.metadata, verb.conflict, verb.request_id)
-        return self._begin(tenant, memory, request).info
+        known = self._commits.known(tenant, request)
+        if known is not None:
+            return PendingUpload("", tenant, memory, request, [], time.time(), known).info
+        return self._uploads.begin(tenant, memory, request).info
 
     def write(self, tenant: str, memory: LiveMemory, upload_id: str, chunk: Chunk) -> None:
         """Take a chunk of an upload."""
@@ -123,14 +130,6 @@ class Documents:
             memory.forget(row.id)
             if self._files is not None:
                 self._files.tombstones.add([Tombstone(memory.row.key, row.id, row.generation)])
-
-    def _begin(self, tenant: str, memory: LiveMemory, request: Request) -> PendingUpload:
-        # The catalogue is asked only where the answer could be known: it is busy while others' commits are synced.
-        if request.document in memory.documents:
-            known = self._commits.known(tenant, request)
-            if known is not None:
-                return PendingUpload("", tenant, memory, request, [], time.time(), known)
-        return self._uploads.begin(tenant, memory, request)
 
     def _commit(self, upload: PendingUpload) -> DocumentInfo:
         with upload.lock:

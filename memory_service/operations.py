@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -22,6 +23,11 @@ Work = Callable[[Callable[[int, int], None], Cancel], str]  # (progress(done, to
 _KEPT = 1000  # Finished operations remembered.
 
 
+def give_way() -> None:
+    """Let the calling thread, and the threads it starts for arithmetic, run only when nobody else wants the cores."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
 class Operations:
     """Runs work two at a time. Thread-safe; `close` cancels what runs and waits for it."""
 
@@ -32,7 +38,7 @@ class Operations:
         self._lock = threading.Lock()
         self._all: dict[str, tuple[str, Operation]] = {}  # By id: tenant, operation; oldest first.
         self._cancels: dict[str, Cancel] = {}
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="fot-operation")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="fot-operation", initializer=give_way)
         for tenant, operation in sorted(catalog.operations(), key=lambda pair: pair[1].created_at)[-_KEPT:]:
             if operation.state is OperationState.RUNNING:
                 message = "the service stopped before it was done; start it again"

@@ -12,7 +12,8 @@ import grpc
 
 from memory_service.admission import Pool
 from memory_service.auth import PageTokens
-from memory_service.codec import RPCS, SERVICE, UPLOAD_CHUNKS, Rpc, answer_bytes, decode_chunk
+from memory_service.chunks import decode_chunk
+from memory_service.codec import RPCS, SERVICE, UPLOAD_CHUNKS, Rpc, answer_bytes
 from memory_service.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
 from memory_service.interceptors import Call
 from memory_service.metrics import Metrics

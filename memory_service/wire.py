@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import torch
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 from torch import Tensor
@@ -41,6 +41,15 @@ _DETAILS = "grpc-status-details-bin"
 # Trailers share one 8 KiB block, and a message travels in it twice.
 _MESSAGE_CHARACTERS = 1000
 _METADATA_CHARACTERS = 200
+
+
+def parse(kind: type[Message], raw: bytes) -> Any:
+    """A message from its bytes. Raises InvalidArgument if they are none of this kind."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise InvalidArgument(f"these bytes are no {kind.DESCRIPTOR.name}") from error
+
 
 # --- Tensors --------------------------------------------------------------------------------------------------------
 

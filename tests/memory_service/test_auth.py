@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from memory_service import verbs as v
 from memory_service.auth import PageTokens, TokenFile
-from memory_service.codec import RPCS, SERVICE, encode_chunk
+from memory_service.chunks import encode_chunk
+from memory_service.codec import RPCS, SERVICE
 from memory_service.errors import (
     AlreadyExists,
     FailedPrecondition,

@@ -16,16 +16,14 @@ from torch import Tensor
 
 from memory_service import types as t
 from memory_service import verbs as v
+from memory_service.chunks import UploadPiece, decode_chunk, encode_chunk
 from memory_service.codec import (
     PIECE_BYTES,
     RPCS,
     SERVICE,
     UPLOAD_CHUNKS,
     Rpc,
-    UploadPiece,
     answer_bytes,
-    decode_chunk,
-    encode_chunk,
 )
 from memory_service.errors import DataLoss, InvalidArgument
 from memory_service.v1 import memory_pb2 as pb

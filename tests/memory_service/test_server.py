@@ -25,7 +25,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from memory_service import verbs as v
-from memory_service.codec import RPCS, SERVICE, encode_chunk
+from memory_service.chunks import encode_chunk
+from memory_service.codec import RPCS, SERVICE
 from memory_service.errors import (
     Cancelled,
     DeadlineExceeded,

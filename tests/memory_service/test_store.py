@@ -970,13 +970,14 @@ def test_compaction_frees_what_was_deleted_and_keeps_the_rest(disk: Store, tmp_p
 def test_a_reader_keeps_the_files_it_reads_until_it_is_done(disk: Store, tmp_path: Path) -> None:
     put(disk, "m", A)
     put(disk, "m", B)
+    put(disk, "m", document("c", 5, SPEC, "c"))
     disk.run(ME, verbs.DeleteDocument("m", "b"))
     memory = disk._memories["default", "m"]
     with memory.reading():
         old = memory.documents["a"]
         finish(disk, "m", OperationKind.COMPACT)
         assert torch.equal(memory.read(old, 0, 0, 5)[0], A.keys[0])
-        assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 4  # The three old ones and the new one.
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
