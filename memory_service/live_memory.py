@@ -7,7 +7,6 @@ held: slabs keep their rows and files stay on disk until the last reader that kn
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 from memory_service.catalog import DocumentRow, MemoryRow
-from memory_service.errors import NotFound
+from memory_service.errors import Cancelled, NotFound
 from memory_service.index import IndexUnit
 from memory_service.parts import SegmentRef
 from memory_service.residency import Residency
 from memory_service.segments import SegmentFiles
 from memory_service.slabs import Run, Slab, join, read_spans, slab_rows
-from memory_service.types import DocumentInfo, Filter, MemoryInfo, MemorySpec
+from memory_service.types import Cancel, DocumentInfo, Filter, MemoryInfo, MemorySpec
 
 _PIECE_BYTES = 16 << 20  # Read from disk at a time.
 _PLANS = 16  # Scopes whose meaning is remembered until the next change.
@@ -69,7 +68,8 @@ class LiveMemory:
         self.nbytes = 0
         self.last_used = 0.0
         self.deleted = False
-        self.writing = threading.RLock()  # Held by whoever changes documents, slabs or segments.
+        self.writing = threading.RLock()  # Held by whoever changes documents or segments.
+        self.filling = threading.Lock()  # Held by whoever writes slabs; taken after `writing`.
         self._residency = residency
         self._device = device
         self._charged = 0  # Of the residency budget.
@@ -122,7 +122,6 @@ class LiveMemory:
         with self._state:
             version = self._version
             self._readers[version] = self._readers.get(version, 0) + 1
-            self.last_used = time.monotonic()
         try:
             yield
         finally:
@@ -206,7 +205,7 @@ class LiveMemory:
                 found.append(self.files.read_ids(self.row.key, ref, part, at, stop - start))
         return torch.cat(found)
 
-    # --- Writers (hold `writing`) -----------------------------------------------------------------------------------
+    # --- Writers (hold `writing`, or `filling` where it says so) -----------------------------------------------------------------------------------
 
     def publish(self, rows: Sequence[DocumentRow], segments: Sequence[tuple[int, SegmentRef]] = ()) -> None:
         """Make committed documents visible, replacing what had their names."""
@@ -222,7 +221,8 @@ class LiveMemory:
 
     def publish_resident(self, row: DocumentRow, keys: Tensor, values: Tensor, ids: Tensor | None) -> None:
         """Make a document visible that lives in RAM only."""
-        spans = self._write(keys, values, ids)
+        with self.filling:
+            spans = self._write(keys, values, ids)
         with self._state:
             self._forget(row.id)
             self._admit(LiveDocument(row, tuple(spans)))
@@ -236,14 +236,17 @@ class LiveMemory:
             self._forget(name)
             self._changed()
 
-    def promote(self, document: LiveDocument) -> bool:
-        """Bring a cold document into RAM if the budget allows. Raises DataLoss if its bytes are damaged."""
+    def promote(self, document: LiveDocument, cancel: Cancel) -> bool:
+        """Bring a cold document into RAM if the budget allows; hold `filling`, and be `reading`.
+
+        Raises DataLoss if its bytes are damaged, Cancelled if the memory is deleted meanwhile.
+        """
         size = document.row.tokens * self.spec.bytes_per_token
         if self.deleted or document.spans or not document.row.tokens or not self._residency.take(size, self):
             return False
         self._charged += size
         try:
-            spans = self._copy_in(document)
+            spans = self._copy_in(document, cancel)
             with self._state:
                 known = self.documents.get(document.row.id)
                 if known is not None and known.row.pk == document.row.pk:
@@ -258,8 +261,8 @@ class LiveMemory:
 
     def send_away(self) -> bool:
         """Take the oldest slab out of RAM; its documents become cold. False if there is none to take."""
-        if not self.writing.acquire(blocking=False):
-            return False  # Busy with its own writes, so not idle after all.
+        if not self.filling.acquire(blocking=False):
+            return False  # Busy with its own slabs, so not idle after all.
         try:
             with self._state:
                 if self.files is None or not self.slabs:
@@ -274,10 +277,10 @@ class LiveMemory:
             self._settle()
             return True
         finally:
-            self.writing.release()
+            self.filling.release()
 
     def tidy(self) -> None:
-        """Write slabs anew of which more than half is dead."""
+        """Write slabs anew of which more than half is dead; hold `filling`."""
         for slab in [one for one in self.slabs if one.dead * 2 > max(one.used) > 0]:
             with self._state:
                 if slab is self.slabs[-1]:  # New rows must go elsewhere.
@@ -356,11 +359,14 @@ class LiveMemory:
             done += size
         return spans
 
-    def _copy_in(self, document: LiveDocument) -> list[tuple[Slab, Run]]:
+    def _copy_in(self, document: LiveDocument, cancel: Cancel) -> list[tuple[Slab, Run]]:
         spans: list[tuple[Slab, Run]] = []
         step = max(1, _PIECE_BYTES // self.spec.bytes_per_token)
         try:
             for first in range(0, document.row.tokens, step):
+                cancel.check()
+                if self.deleted:
+                    raise Cancelled("the memory was deleted")
                 count = min(step, document.row.tokens - first)
                 pieces = [list(self.read_cold(document, layer, first, count)) for layer in range(len(self.spec.layers))]
                 keys = torch.stack([torch.cat([keys for _, keys, _ in layer], dim=1) for layer in pieces])

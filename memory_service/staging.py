@@ -103,7 +103,7 @@ class Staging:
     def fill(self, keys: Tensor, values: Tensor, token_ids: Tensor | None) -> None:
         """Take the whole part at once: keys and values [L, H, T, D] in the memory's dtype, ids [T] or None for zeros.
 
-        Copies a layer at a time and only what is not contiguous. InvalidArgument if shape, dtype or ids do not fit, or
+        Copies a head at a time and only what is not contiguous. InvalidArgument if shape, dtype or ids do not fit, or
         if a key or value is NaN or infinite: then discard the upload.
         """
         layout = self.layout
@@ -249,7 +249,7 @@ def _planes(keys: Tensor, values: Tensor, ids: Tensor) -> Iterator[memoryview]:
         if tensor.is_contiguous() and tensor.device.type == "cpu":
             yield _bytes(tensor)
         else:
-            yield from (_bytes(layer) for layer in tensor)  # [H, T, D]
+            yield from (_bytes(head) for layer in tensor for head in layer)  # [T, D], whole in a longer document
     yield _bytes(ids)
 
 

@@ -255,6 +255,9 @@ class Store:
             return 2 * (verb.document.keys.nbytes + verb.document.values.nbytes)
         if isinstance(verb, verbs.AppendSessions):
             return sum(append.keys.nbytes + append.values.nbytes for append in verb.appends)
+        if isinstance(verb, verbs.Fetch):
+            known = self._memories.get((identity.tenant, verb.memory))
+            return 0 if known is None else 3 * verb.tokens * known.spec.bytes_per_token // len(known.spec.layers)
         return 4096
 
     # --- Memories ---------------------------------------------------------------------------------------------------
@@ -353,6 +356,7 @@ class Store:
             arena = self._arenas.arena = Arena()
         # Queries do not know of each other: cut along them, so that working memory has a bound whatever is asked.
         pieces, parts = cut_attend(verb, _PIECE_BYTES)
+        memory.last_used = time.monotonic()
         with memory.reading():
             answers = [
                 engine.attend(memory, sessions, layer, part.groups, verb.options, arena, self._device, cancel)

@@ -54,11 +54,11 @@ class Upkeep:
         for document in sorted(cold, key=lambda one: -one.row.generation):
             cancel.check()
             try:
-                with memory.writing:
+                with memory.filling, memory.reading():
                     known = memory.documents.get(document.row.id)
                     if known is None or known.spans or known.row.pk != document.row.pk:
                         continue
-                    if not memory.promote(known):
+                    if not memory.promote(known, cancel):
                         break
             except DataLoss:
                 continue  # A query that needs it, or a verify, says so; the others need not wait.
@@ -157,7 +157,7 @@ class Upkeep:
 
     def compact(self, memory: LiveMemory, progress: Progress, cancel: Cancel, *, force: bool = True) -> str:
         """Rewrite live documents out of small and holey segments, then drop those; a sentence on the outcome."""
-        with memory.writing:
+        with memory.filling:
             memory.tidy()
         files = self._files
         if files is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import resource
 import sys
@@ -14,11 +13,12 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from memory_service.allocator import keep_freed_memory
 from memory_service.cli.console import Json, print_json, print_table
 from memory_service.cli.environment import variable
 from memory_service.errors import InvalidArgument
 from memory_service.logs import configure
-from memory_service.server import Server
+from memory_service.server import Server, run
 from memory_service.server import serve as serve_until_stopped
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store import Store
@@ -77,7 +77,8 @@ def serve(
         sys.stdout.flush()
 
     with Store.open(data, settings.store) as store:
-        asyncio.run(serve_until_stopped(store, settings, announce))
+        keep_freed_memory()
+        run(serve_until_stopped(store, settings, announce))
 
 
 def settings(json: Json = False) -> None:

@@ -22,7 +22,7 @@ def payload_bytes(document: Document) -> int:
 
 
 def missing_chunks(document: Document, upload: Upload) -> Iterator[Chunk]:
-    """The chunks the service still misses, in order. Holds one part at a time, copied if the document has several."""
+    """The chunks the service still misses, in order. Copies what is not contiguous."""
     present, planes = -1, list[memoryview]()
     for part, first_chunk, chunks in upload.missing:
         if part != present:
@@ -62,7 +62,14 @@ def _planes(document: Document, first_token: int, tokens: int) -> list[memoryvie
         ids = torch.zeros(keys.shape[2], dtype=torch.int32)
     else:
         ids = document.token_ids[run].to(torch.int64).to(torch.uint32)
-    return [_bytes(keys), _bytes(values), _bytes(ids)]
+    return [*_runs(keys), *_runs(values), _bytes(ids)]
+
+
+def _runs(tensor: Tensor) -> list[memoryview]:
+    """The bytes of [L, H, T, D], a head at a time if it is a piece of a longer tensor: so nothing is copied."""
+    if tensor.is_contiguous():
+        return [_bytes(tensor)]
+    return [_bytes(head) for layer in tensor for head in layer]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

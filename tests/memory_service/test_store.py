@@ -946,7 +946,7 @@ def test_operations_are_listed_in_pages_newest_first(store: Store) -> None:
 def test_the_same_work_is_not_started_twice(store: Store) -> None:
     put(store, "m", A)
     memory = store._memories["default", "m"]
-    with memory.writing:  # The compaction must wait for it.
+    with memory.filling:  # The compaction must wait for it.
         first = store.run(ME, verbs.StartOperation("m", OperationKind.COMPACT))
         again = store.run(ME, verbs.StartOperation("m", OperationKind.COMPACT))
     assert again.id == first.id
