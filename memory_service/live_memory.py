@@ -205,7 +205,7 @@ class LiveMemory:
                 found.append(self.files.read_ids(self.row.key, ref, part, at, stop - start))
         return torch.cat(found)
 
-    # --- Writers (hold `writing`, or `filling` where it says so) -----------------------------------------------------------------------------------
+    # --- Writers: hold `writing`, or `filling` where it says so -------------------------------------------------------
 
     def publish(self, rows: Sequence[DocumentRow], segments: Sequence[tuple[int, SegmentRef]] = ()) -> None:
         """Make committed documents visible, replacing what had their names."""
