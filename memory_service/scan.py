@@ -97,8 +97,7 @@ def load(keys: Tensor, ranges: list[tuple[int, int]], out: Tensor) -> Tensor:
 def block_size(rows: int, dim: int) -> int:
     """Keys of one block: a multiple of GROUP²."""
     size = BLOCK_ELEMENTS // max(rows, dim)
-    # With few rows there is little arithmetic to a block, and the calls around it would cost more than it.
-    return min(max(size // 256 * 256, 512), 4096 if rows >= FEW_ROWS else 16384)
+    return min(max(size // 256 * 256, 512), 16_384)
 
 
 def group_maxima(chunk: Chunk, heads: slice, queries: Tensor, arena: Arena, cancel: Cancel) -> tuple[Tensor, Tensor]:
