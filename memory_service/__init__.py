@@ -37,6 +37,7 @@ from memory_service.errors import (
     Unavailable,
     WrongModel,
 )
+from memory_service.filters import Where
 from memory_service.settings import StoreOptions
 from memory_service.types import (
     AllOf,
@@ -121,6 +122,7 @@ __all__ = [
     "TopTokens",
     "Unauthenticated",
     "Unavailable",
+    "Where",
     "WrongModel",
     "merge",
     "scope_of",
