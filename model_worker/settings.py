@@ -77,7 +77,7 @@ class FotConfig:
     block_tokens: int = 8192  # Windows that load together: more tokens, fewer calls, more RAM. Results do not change.
 
     def __post_init__(self) -> None:
-        if self.window < 1 or not 1 <= self.last_context_length:
+        if self.window < 1 or not self.last_context_length >= 1:
             raise InvalidArgument(
                 f"window and last_context_length must be ≥ 1 token, got {self.window} and {self.last_context_length}"
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import entry_points
 
 import typer
 
@@ -35,6 +36,19 @@ app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("settings")(serve.settings)
 app.add_typer(bench.app, name="bench")
+
+
+def _add_commands_of_others() -> None:
+    """Let installed packages add commands: each entry point of "fot.commands" is called with `fot` and `fot bench`."""
+    for entry in entry_points(group="fot.commands"):
+        try:
+            entry.load()(app, bench.app)
+        except ImportError as error:
+            # A memory must be served even where the packages around it are broken.
+            sys.stderr.write(f"fot: the commands of {entry.value} are missing: {error}\n")
+
+
+_add_commands_of_others()
 
 
 def main() -> None:

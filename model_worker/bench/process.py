@@ -1,0 +1,140 @@
+"""The main program of a measured process: builds one contender, then obeys commands from standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from memory_service.errors import FotError, InvalidArgument
+from model_worker.bench.contender import Contender, Fot, make
+from model_worker.bench.geometry import Geometry
+from model_worker.bench.subject import Measured, Mode, Setup
+
+MIB = 1 << 20
+
+
+class Bench:
+    """The contender and the commands it obeys."""
+
+    def __init__(self) -> None:
+        self._setup = Setup("", Geometry())
+        self._contender: Contender | None = None
+
+    def setup(self, facts: dict[str, Any]) -> None:
+        """Build the contender, on as many cores as it has threads."""
+        geometry = Geometry(**facts.pop("geometry"))
+        extend = facts.pop("extend")
+        self._setup = Setup(
+            geometry=geometry,
+            layers=tuple(facts.pop("layers")),
+            extend=tuple(extend) if extend else None,
+            **facts,
+        )
+        _confine(self._setup.threads)
+        self._contender = make(self._setup)
+
+    def prefill(self, facts: dict[str, Any]) -> dict[str, Any]:
+        ids = self._setup.geometry.tokens(facts["tokens"])
+        return asdict(_measure(lambda _: self._ready.prefill(ids), [ids]))
+
+    def start(self, facts: dict[str, Any]) -> None:
+        self._ready.start(self._setup.geometry.tokens(facts["tokens"]), Mode(**facts["mode"]))
+
+    def decode(self, facts: dict[str, Any]) -> dict[str, Any]:
+        mode = Mode(**facts["mode"])
+        tokens = self._setup.geometry.tokens(facts["tokens"]).split(1, dim=1)
+        return asdict(_measure(lambda token: self._ready.decode(token, mode), tokens))
+
+    def quality(self, facts: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(self._ready, Fot):
+            raise InvalidArgument("only our model has an index")
+        return asdict(self._ready.quality(self._setup.geometry.tokens(facts["tokens"]), Mode(**facts["mode"])))
+
+    @property
+    def _ready(self) -> Contender:
+        if self._contender is None:
+            raise InvalidArgument("the first command is setup")
+        return self._contender
+
+    def close(self) -> None:
+        if self._contender is not None:
+            self._contender.close()
+
+
+def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Measured:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    _forget_peak()
+    seconds = []
+    cpu = time.process_time()
+    with torch.inference_mode():
+        for one in inputs:
+            started = time.perf_counter()
+            logits = call(one)
+            seconds.append(time.perf_counter() - started)
+    cpu = time.process_time() - cpu
+    return Measured(seconds, round(cpu, 4), _mb(before), _mb(max(_peak(), before)), logits.tolist())
+
+
+def _confine(threads: int) -> None:
+    """So many threads of torch on so many cores: a helper thread somewhere else would not be counted otherwise."""
+    torch.set_num_threads(threads)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:threads])
+
+
+def _forget_peak() -> None:
+    """Let the system count this process's peak memory anew; Linux only, elsewhere the peak is the process's."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak() -> int:
+    """Peak resident memory, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _mb(count: int) -> float:
+    return round(count / MIB, 1)
+
+
+def main() -> None:
+    """Obey until standard input ends."""
+    # What libraries print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    bench = Bench()
+    commands: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "setup": bench.setup,
+        "prefill": bench.prefill,
+        "start": bench.start,
+        "decode": bench.decode,
+        "quality": bench.quality,
+    }
+    for line in sys.stdin:
+        facts = json.loads(line)
+        try:
+            answer = {"answer": commands[facts.pop("command")](facts)}
+        except FotError as error:
+            answer = {"error": error.message}
+        print(json.dumps(answer), file=answers, flush=True)
+    bench.close()
+
+
+if __name__ == "__main__":
+    main()

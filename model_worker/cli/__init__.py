@@ -1,0 +1,43 @@
+"""The worker's commands of `fot`: ingest documents, ask them, generate, see what was attended, measure.
+
+`fot` finds `register` by the entry point group "fot.commands". A command's module is light: what it needs of torch's
+neighbours is imported when the command runs, so that the rest of `fot` stays fast and works without them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
+
+import typer
+
+from memory_service.errors import FailedPrecondition
+
+EXTRA = ("transformers", "tokenizers", "datasets", "pyarrow", "matplotlib")
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+
+
+def register(app: typer.Typer, bench: typer.Typer) -> None:
+    """Add the worker's commands to `fot` and its measurements to `fot bench`."""
+    from model_worker.cli import ingest
+
+    app.command("ingest")(needs_worker(ingest.ingest))
+
+
+def needs_worker(command: Callable[P, Answer]) -> Callable[P, Answer]:
+    """The command, refused with a sentence where the extra `worker` is not installed."""
+
+    @functools.wraps(command)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Answer:
+        missing = [name for name in EXTRA if find_spec(name) is None]
+        if missing:
+            raise FailedPrecondition(
+                f"this command needs {', '.join(missing)}: pip install 'fot-memory[worker]'", reason="EXTRA_MISSING"
+            )
+        return command(*args, **kwargs)
+
+    return checked

@@ -1,0 +1,2 @@
+def ingest() -> None:
+    """Encode documents and store them in a memory."""

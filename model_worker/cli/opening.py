@@ -1,0 +1,112 @@
+"""How a command opens what its options name: the memory, the model, the tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_service import DType, Memory, MemorySpec, NotFound, Tls
+from memory_service.errors import InvalidArgument
+from model_worker.settings import Recall, SelfExtend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from model_worker.model import FotModel
+
+
+def open_memory(
+    target: str,
+    name: str,
+    token_file: Path | None = None,
+    ca: Path | None = None,
+    insecure: bool = False,
+    spec: MemorySpec | None = None,
+) -> Memory:
+    """The memory that --memory, --name and the credentials name; with a spec it is created if there is none.
+
+    Raises NotFound without a spec, and what `Memory.open` raises.
+    """
+    tls = Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
+    return Memory.open(target, name, spec, token=token_file, tls=tls, insecure=insecure)
+
+
+def find_memory(
+    target: str, name: str, token_file: Path | None = None, ca: Path | None = None, insecure: bool = False
+) -> Memory | None:
+    """`open_memory`, or None where there is none yet."""
+    try:
+        return open_memory(target, name, token_file, ca, insecure)
+    except NotFound:
+        return None
+
+
+def load_model(
+    directory: Path,
+    memory: Memory | None,
+    *,
+    mem_layers: tuple[int, ...] | None = None,
+    window: int | None = None,
+    last_context: int | None = None,
+    overlap: int | None = None,
+    mem_dtype: DType | None = None,
+    dtype: DType | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    self_extend: SelfExtend | None = None,
+    recall: Recall | None = None,
+) -> FotModel:
+    """The checkpoint with its memory; layers and dtype are by default the memory's, then the checkpoint's own.
+
+    Raises InvalidArgument if there is no checkpoint, UnsupportedModel, and WrongModel if the memory is another model's.
+    """
+    check_checkpoint(directory)
+    import torch
+
+    from model_worker.model import FotModel
+
+    quiet()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if memory is not None:
+        mem_layers, mem_dtype = mem_layers or memory.spec.layers, mem_dtype or memory.spec.dtype
+    chosen: dict[str, Any] = {
+        "mem_layers": mem_layers,
+        "window": window,
+        "last_context_length": last_context,
+        "overlap": overlap,
+        "mem_dtype": mem_dtype,
+        "dtype": dtype and dtype.torch,
+        "device": device,
+        "self_extend": self_extend,
+        "recall": recall,
+    }
+    # What was not given is left to the checkpoint.
+    return FotModel.from_pretrained(directory, memory, **{name: one for name, one in chosen.items() if one is not None})
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises InvalidArgument if there is none."""
+    check_checkpoint(directory)
+    from transformers import AutoTokenizer
+
+    quiet()
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"{directory} has no tokenizer that transformers can read: {error}") from None
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Raise InvalidArgument unless a checkpoint lies there; nothing is ever downloaded."""
+    if not (directory / "config.json").is_file():
+        raise InvalidArgument(f"{directory} is no checkpoint: it has no config.json; --model takes a directory")
+
+
+def quiet() -> None:
+    """No progress bars of transformers where nobody watches."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

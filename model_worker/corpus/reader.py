@@ -1,0 +1,72 @@
+"""One way to read every format: paths in, documents out, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from memory_service.errors import InvalidArgument
+from memory_service.types import Scalar, check_document_id
+from model_worker.corpus.dataset import read_dataset
+from model_worker.corpus.files import Choice, Format, Found, find
+from model_worker.corpus.jsonl import read_jsonl
+from model_worker.corpus.parquet import read_parquet
+from model_worker.corpus.rows import Columns
+from model_worker.corpus.source import NoteTaker, Source, fitting
+from model_worker.corpus.text import BadBytes, read_text
+
+EVERYTHING = Choice()
+COLUMNS = Columns()
+ROWS = {Format.JSONL: read_jsonl, Format.PARQUET: read_parquet, Format.DATASET: read_dataset}
+
+
+def read(
+    paths: Sequence[str | Path],
+    *,
+    choice: Choice = EVERYTHING,
+    columns: Columns = COLUMNS,
+    bad_bytes: BadBytes = BadBytes.REPLACE,
+    prefix: str = "",
+    metadata: Mapping[str, Scalar] | None = None,
+    note: NoteTaker = lambda _: None,
+) -> Iterator[Source]:
+    """Documents of files and directories, in a fixed order, no more of them in RAM than one batch of rows.
+
+    A file's document is called by its path in the directory that was named, a row's by its file, "#" and its number
+    from 0, or by the column `columns.id`; `prefix` comes before either. `metadata` is added to every document's own
+    and wins. What is left out, and why, is told to `note`.
+    Raises NotFound for a path that is not there; InvalidArgument for content that is not as announced, and if two
+    documents have the same id.
+    """
+    extra, unfit = fitting(metadata or {})
+    for key, why in unfit.items():
+        raise InvalidArgument(f"metadata field {key!r} {why}")
+    seen: set[str] = set()
+    for found in find([Path(path) for path in paths], choice, note):
+        for source in _documents(found, columns, bad_bytes, note):
+            source = replace(source, id=prefix + source.id, metadata={**source.metadata, **extra})
+            try:
+                check_document_id(source.id)
+            except InvalidArgument as error:
+                raise InvalidArgument(
+                    f"{found.path} makes a document id that no memory takes: {error.message}"
+                ) from None
+            if source.id in seen:
+                raise InvalidArgument(
+                    f"two documents are called {source.id!r}, the second is in {found.path}; read them one by one with "
+                    "different prefixes, or from a directory that holds both"
+                )
+            seen.add(source.id)
+            yield source
+
+
+def corpus_bytes(paths: Sequence[str | Path], choice: Choice = EVERYTHING) -> int:
+    """Bytes of all files that `read` would look at; walks the directories but opens nothing."""
+    return sum(found.size for found in find([Path(path) for path in paths], choice, lambda _: None))
+
+
+def _documents(found: Found, columns: Columns, bad_bytes: BadBytes, note: NoteTaker) -> Iterator[Source]:
+    if found.format in ROWS:
+        return ROWS[found.format](found, columns, note)
+    return read_text(found, bad_bytes, note)

@@ -1,0 +1,220 @@
+"""Every architecture gets a memory, keeps its own attention without one, and is given back untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memory_service import DType, Memory
+from model_worker.model import FotModel, spec_of
+from model_worker.settings import FotConfig, SelfExtend
+from tests.model_worker.oracle import expected
+from tests.model_worker.tiny import ARCHITECTURES, FURTHER, VOCABULARY, tiny_model
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+}  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ARCHITECTURES + FURTHER},
+    "llama without groups": ("llama", {"num_key_value_heads": 4}),
+    "llama with biases": ("llama", {"attention_bias": True}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama yarn": ("llama", {"rope_parameters": YARN}),
+    "llama llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "phi yarn": ("phi", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}),
+    "mistral sliding": ("mistral", {"sliding_window": 16}),
+    "qwen2 sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "phi3 sliding": ("phi3", {"sliding_window": 16}),
+}
+# Where a memory layer can be: not where scores are capped, not where a layer sees less than its window.
+REMEMBERING = [name for name in VARIANTS if name != "gemma2" and "sliding" not in name] + ["qwen2 sliding"]
+FOT = FotConfig(mem_layers=(1, 3), window=24, last_context_length=12, mem_dtype=DType.F32)
+
+
+def made(variant: str) -> PreTrainedModel:
+    architecture, overrides = VARIANTS[variant]
+    return tiny_model(architecture, **overrides).requires_grad_(False)
+
+
+def layers_for(variant: str) -> FotConfig:
+    """Memory layers that see their whole window."""
+    return replace(FOT, mem_layers={"gemma3": (1, 3), "qwen2 sliding": (0, 1)}.get(variant, FOT.mem_layers))
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(4, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def attached(base: PreTrainedModel, fot: FotConfig) -> Iterator[FotModel]:
+    """The model with an empty memory in process."""
+    if not fot.mem_layers:
+        with FotModel(base, fot) as model:
+            yield model
+        return
+    with Memory.open(":memory:", spec=spec_of(base, fot)) as memory, FotModel(base, fot, memory) as model:
+        yield model
+
+
+def padded(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Texts of unequal lengths as a batch, padding on the left."""
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), longest), 2), torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :], mask[number, longest - len(row) :] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# --- Without a memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_switched_off_a_model_is_bit_identical_to_itself(variant: str) -> None:
+    base, pristine = made(variant), made(variant)
+    batch = padded([tokens(40), tokens(25, seed=2)])
+    fot = layers_for(variant) if variant in REMEMBERING else replace(FOT, mem_layers=())
+    with attached(base, fot) as model:
+        model(tokens(1, 30))
+        with model.off() as off:
+            assert off is base
+            assert torch.equal(off(**batch).logits, pristine(**batch).logits)
+            continued = [one.generate(**batch, max_new_tokens=5, do_sample=False) for one in (off, pristine)]
+            assert torch.equal(*continued)
+        model(tokens(1, 30))  # On again.
+    assert torch.equal(base(**batch).logits, pristine(**batch).logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_given_back_bears_no_trace(variant: str) -> None:
+    base, pristine = made(variant), made(variant)
+    before = trace(base)
+    fot = layers_for(variant) if variant in REMEMBERING else replace(FOT, mem_layers=())
+    with attached(base, fot) as model:
+        model(tokens(1, 40))
+        model.generate(tokens(1, 20), attention_mask=torch.ones(1, 20), max_new_tokens=3, do_sample=False)
+        assert model.detach() is base
+        assert model.detach() is base
+    assert trace(base) == before == trace(pristine)
+    assert base.state_dict().keys() == pristine.state_dict().keys()
+    assert all(torch.equal(tensor, pristine.state_dict()[name]) for name, tensor in base.state_dict().items())
+    assert torch.equal(base(tokens(1, 40)).logits, pristine(tokens(1, 40)).logits)
+
+
+def trace(base: PreTrainedModel) -> dict[str, Any]:
+    """All that a memory could have changed: modules, their attributes and hooks, the configuration."""
+    modules = dict(base.named_modules())
+    return {
+        "modules": {name: type(module) for name, module in modules.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "hooks": {
+            name: [len(found) for key, found in vars(module).items() if "hooks" in key and found is not None]
+            for name, module in modules.items()
+        },
+        "config": base.config.to_dict(),
+        "attention": base.config._attn_implementation,
+        "generation": base.generation_config.to_dict() if base.generation_config else None,
+        "training": {name: module.training for name, module in modules.items()},
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_text_that_fits_the_window_is_the_models_own(variant: str) -> None:
+    base, plain = made(variant), made(variant)
+    ids = tokens(2, 45)
+    with attached(base, FotConfig(window=64, last_context_length=64)) as model, model.start() as state:
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
+        parts = [model(part, past_key_values=state).logits for part in ids.split([20, 1, 1, 23], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), plain(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_padded_batch_that_fits_is_the_models_own(variant: str) -> None:
+    base, plain = made(variant), made(variant)
+    rows = [tokens(45), tokens(20, seed=2), tokens(1, seed=3)]
+    batch = padded(rows)
+    with attached(base, FotConfig(window=64, last_context_length=64)) as model:
+        out = model(**batch).logits
+        continued = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    for number, row in enumerate(rows):
+        torch.testing.assert_close(out[number, -len(row) :], plain(row[None]).logits[0], atol=1e-5, rtol=0)
+        alone = plain.generate(row[None], max_new_tokens=6, do_sample=False, eos_token_id=None)[0, len(row) :]
+        assert torch.equal(continued[number, 45:], alone)
+
+
+# --- With a memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", REMEMBERING)
+def test_a_long_text_attends_to_its_own_earlier_windows(variant: str) -> None:
+    base, fot, ids = made(variant), layers_for(variant), tokens(90)
+    want, remembered = expected(base, ids, fot)
+    with attached(base, fot) as model, model.start() as state:
+        have = model(ids[None], past_key_values=state).logits[0]
+        torch.testing.assert_close(have, want, atol=1e-4, rtol=0)
+        for layer in fot.mem_layers:
+            keys, values = state.memory(layer)
+            torch.testing.assert_close(keys, remembered[layer][0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(values, remembered[layer][1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", REMEMBERING)
+def test_one_memory_layer_is_enough(variant: str) -> None:
+    base, ids = made(variant), tokens(70)
+    fot = replace(layers_for(variant), mem_layers=layers_for(variant).mem_layers[:1])
+    with attached(base, fot) as model:
+        have = model(ids[None]).logits[0]
+        last = model(ids[None], logits_to_keep=1).logits[0]
+    want, _ = expected(base, ids, fot)
+    torch.testing.assert_close(have, want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(last, want[-1:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", REMEMBERING)
+def test_a_row_of_a_batch_is_the_row_alone(variant: str) -> None:
+    base, fot = made(variant), layers_for(variant)
+    rows = [tokens(61), tokens(90, seed=2), tokens(9, seed=3)]
+    with attached(base, fot) as model:
+        out = model(**padded(rows)).logits
+    for number, row in enumerate(rows):
+        want, _ = expected(base, row, fot)
+        torch.testing.assert_close(out[number, -len(row) :], want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", REMEMBERING)
+def test_unrotated_memory_layers_agree_with_themselves_in_any_cut(variant: str) -> None:
+    base = made(variant)
+    fot = replace(layers_for(variant), mem_positionals=False, window=64, last_context_length=64)
+    ids = tokens(2, 50)
+    with attached(base, fot) as model, model.start() as state:
+        whole = model(ids).logits
+        parts = [model(part, past_key_values=state).logits for part in ids.split([20, 1, 29], dim=1)]
+        rotated = base.config.to_dict()
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+    assert rotated
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gemma3", "phi3"])
+def test_self_extend_and_a_memory_work_together(variant: str) -> None:
+    """Far keys share positions, memory keys stand at the window's first token, in one call or token by token."""
+    base = made(variant)
+    fot = replace(layers_for(variant), window=40, last_context_length=40, self_extend=SelfExtend(4, 8))
+    document, question = tokens(1, 30), tokens(1, 36, seed=2)
+    with attached(base, fot) as model:
+        answers = []
+        for cuts in ([36], [20, 1, 15]):
+            with model.start() as state:
+                model(document, past_key_values=state, use_cache=False)
+                parts = [model(part, past_key_values=state).logits for part in question.split(cuts, dim=1)]
+                answers.append(torch.cat(parts, dim=1))
+        alone = model(question).logits
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=0)
+    assert (answers[0] - alone).abs().max() > 0.01
