@@ -15,6 +15,7 @@ from memory_service.scan import GROUP, Arena, Chunk
 from memory_service.types import Cancel, Partial
 
 _PIECE_ELEMENTS = 1 << 21  # Float32 elements gathered at a time when candidates are scored again.
+_FEW_QUERIES = 8
 _FEW_KEYS = 8192  # Below this, scoring everything and sorting beats a scan.
 
 
@@ -47,6 +48,14 @@ def group_heads(queries: Tensor, kv_heads: int) -> Tensor:
     """[G, Q, D] to [H, R, D]: query head g reads kv head g // (G // H)."""
     heads, count, dim = queries.shape
     return queries.reshape(kv_heads, heads // kv_heads * count, dim)
+
+
+def _kernel(queries: Tensor, keys: Tensor, values: Tensor) -> Partial:
+    """`attend` over [n, D], n ≥ 1, by PyTorch's CPU kernel, which reads every key and value once and tells the lse."""
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries[None, None], keys[None, None], values[None, None], scale=1.0
+    )
+    return Partial(output[0, 0], lse[0, 0])
 
 
 class TopK:
@@ -184,7 +193,7 @@ class TopK:
 
 
 class Dense:
-    """Softmax over every key, streamed: running maximum, denominator and numerator."""
+    """Softmax over every key, streamed: what the keys so far gave, merged with every further block."""
 
     def __init__(self, queries: Tensor, arena: Arena | None = None, cancel: Cancel | None = None):
         """`queries` [H, R, D] float32 carry the scale."""
@@ -192,8 +201,7 @@ class Dense:
         self.queries = queries
         self.arena = arena or Arena()
         self.cancel = cancel or Cancel()
-        self._highest = queries.new_full((h, rows), -torch.inf)
-        self._sum = queries.new_zeros((h, rows))
+        self._lse = queries.new_full((h, rows), -torch.inf)
         self._output = queries.new_zeros((h, rows, dim))
 
     def add(self, chunk: Chunk) -> None:
@@ -201,31 +209,31 @@ class Dense:
         h, rows, dim = self.queries.shape
         size = scan.block_size(rows, dim)
         scratch = self.arena.take("blocks", (2, size, dim), torch.float32, self.queries.device)
+        # Blocks that were just converted are in cache, where for a few queries two products beat the kernel.
+        converted = chunk.keys.dtype != torch.float32 and rows < _FEW_QUERIES
+        over = attend if converted or self.queries.device.type != "cpu" else _kernel
         for head in range(h):
             for _, ranges in chunk.blocks(size):
                 self.cancel.check()
                 keys = scan.load(chunk.keys[head], ranges, scratch[0])
-                self._take(head, keys, scan.load(chunk.values[head], ranges, scratch[1]))
+                self._merge(head, over(self.queries[head], keys, scan.load(chunk.values[head], ranges, scratch[1])))
 
-    def _take(self, head: int, keys: Tensor, values: Tensor) -> None:
-        scores = self.queries[head] @ keys.T  # [R, n]
-        highest = torch.maximum(self._highest[head], scores.amax(1))
-        shrink = (self._highest[head] - highest).exp()
-        weights = scores.sub_(highest[:, None]).exp_()
-        self._sum[head] = self._sum[head] * shrink + weights.sum(1)
-        self._output[head] = self._output[head] * shrink[:, None] + weights @ values
-        self._highest[head] = highest
+    def _merge(self, head: int, further: Partial) -> None:
+        whole = torch.logaddexp(self._lse[head], further.lse)
+        before, after = (self._lse[head] - whole).exp_(), (further.lse - whole).exp_()
+        self._output[head].mul_(before[:, None]).addcmul_(further.output, after[:, None])
+        self._lse[head] = whole
 
     def narrow(self, rows: slice) -> Dense:
         """The same sums, for some of the query rows: what is added there is added here."""
         part = object.__new__(Dense)
         part.queries, part.arena, part.cancel = self.queries[:, rows], self.arena, self.cancel
-        part._highest, part._sum, part._output = self._highest[:, rows], self._sum[:, rows], self._output[:, rows]
+        part._lse, part._output = self._lse[:, rows], self._output[:, rows]
         return part
 
     def partial(self) -> Partial:
         """Output [H, R, D] and lse [H, R]; 0 and -inf if there was no key."""
-        return Partial(self._output / self._sum.clamp(min=1e-38)[..., None], self._highest + self._sum.log())
+        return Partial(self._output, self._lse)
 
     def mass(self, chunk: Chunk, lse: Tensor) -> Tensor:
         """Softmax mass of each key in scope, over heads and rows: [count]. A second pass; needs the final lse."""

@@ -86,7 +86,12 @@ class Arena:
 
 
 def load(keys: Tensor, ranges: list[tuple[int, int]], out: Tensor) -> Tensor:
-    """Copy row ranges of [rows, D] side by side into `out` [≥ n, D], converting; the filled part of `out`."""
+    """Row ranges of [rows, D] side by side, converted to the dtype of `out`: a view of them if that is all it takes.
+
+    Else they are copied into `out` [≥ n, D]. Not to be written to.
+    """
+    if len(ranges) == 1 and keys.dtype == out.dtype:
+        return keys[slice(*ranges[0])]
     filled = 0
     for start, stop in ranges:
         out[filled : filled + stop - start].copy_(keys[start:stop])

@@ -148,7 +148,8 @@ class _Run:
     def report(self) -> IngestReport:
         """What was done until now."""
         with self._counting:
-            counts = dict(self._counts)
+            counts = Counter(self._counts)
+        counts["bytes_read"] += self._notes.bytes_read
         return IngestReport(**counts, seconds=time.perf_counter() - self._begun, left_out=self._notes.left_out)
 
     def tell(self) -> None:
@@ -173,8 +174,8 @@ class _Run:
                 _check_ours(stored, metadata)
             ids = tokenise(source)
             if not ids.numel():
-                self._notes(Note(source.id, "is empty" if stored is None else "is empty now; what is stored is older"))
-                self._count("bytes_read", source.size)
+                why = "is empty" if stored is None else "is empty now; what is stored is older"
+                self._notes(Note(source.id, why, size=source.size))
                 continue
             self._seen.add(source.id)
             self._waiting.append(_Waiting(source.id, metadata, stored is not None, source.size))

@@ -51,8 +51,8 @@ def load(
 ) -> None:
     """Run the windows of `texts` (token ids [T]) through the layers; their keys and values go to `store`.
 
-    `store` None: the model has no memory layers. `on_logits` gets the logits [n, V] of every window, which costs the whole stack; `on_block` the tokens of each
-    finished block. Windows of one text must come in order.
+    `store` is None for a model without memory layers. `on_logits` gets the logits [n, V] of every window, which costs
+    the whole stack; `on_block` the tokens of each finished block. Windows of one text must come in order.
     """
     if not fot.mem_layers and on_logits is None:
         return

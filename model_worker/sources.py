@@ -49,6 +49,7 @@ class SourceMass:
     """A document and the share of the attention it got."""
 
     document: str
+    tokens: int  # Its length; 0 if it has been deleted since.
     mass: float
     passages: tuple[PassageMass, ...] = ()  # Those with most, best first; none with dense attention.
 
@@ -126,15 +127,14 @@ def _source(
     tokenizer: PreTrainedTokenizerBase,
     telling: Telling,
 ) -> SourceMass:
-    best = _best(masses, document, telling)
-    if not best or memory is None:
-        return SourceMass(document, mass)
-    length = document_tokens(memory, document)
+    if memory is None:
+        return SourceMass(document, 0, mass)
+    length = _document_tokens(memory, document)
     found = []
-    for number, share in best:
+    for number, share in _best(masses, document, telling):
         passage = passage_at(number, length, telling.passage_tokens)
         found.append(PassageMass(*passage, share, passage_text(memory, tokenizer, document, passage)))
-    return SourceMass(document, mass, tuple(found))
+    return SourceMass(document, length, mass, tuple(found))
 
 
 def _best(masses: Masses, source: str, telling: Telling) -> list[tuple[int, float]]:
@@ -142,8 +142,7 @@ def _best(masses: Masses, source: str, telling: Telling) -> list[tuple[int, floa
     return ranked[: telling.passages]
 
 
-def document_tokens(memory: Memory, document: str) -> int:
-    """The length of a document; 0 if it has been deleted since."""
+def _document_tokens(memory: Memory, document: str) -> int:
     try:
         return memory.get(document).tokens
     except NotFound:

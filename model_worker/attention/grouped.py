@@ -1,8 +1,8 @@
 """Self-Extend as a merge of two partials: near keys at their place, far keys at the place of their group.
 
+Keys nearer than w make one partial, a sliding window; those at w or farther the other, which is causal again once the
+last w slots are left out. So nothing is ever [n, S]. (The authors' flash version splits prefill the same way.)
 B batch rows, H query heads, K key/value heads, n queries, S key slots, D head_dim, w window, G group.
-Keys nearer than w make one partial, a sliding window. Those at w or farther make the other: for the last w slots dropped
-it is causal again. Nothing is ever [n, S]. (Self-Extend's own flash version splits prefill the same way.)
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def trailing(
     first: Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """The queries are the last n of S slots; slot s of row b stands at s - first[b], slots before `first` are invisible.
+    """The queries are the last n of S slots; slot s of row b stands at s - first[b], and those before 0 are invisible.
 
-    Un-rotated query [B, H, n, D] and key [B, K, S, D]. Rotates every key on every call: who decodes token by token keeps
-    rotated keys and calls `trailing_rotated`.
+    Un-rotated query [B, H, n, D] and key [B, K, S, D]; a query that stands before 0 gets output 0 and lse -inf.
+    Rotates every key on every call: who decodes token by token keeps rotated keys and calls `trailing_rotated`.
     """
     count, slots = query.shape[2], key.shape[2]
     positions = torch.arange(slots, device=query.device)  # [S]
@@ -80,15 +80,14 @@ def trailing_rotated(
 ) -> Partial:
     """`trailing` over keys that are kept rotated: near ones at their positions p, far ones at floor(p / G).
 
-    `positions` [n] or [B, n] are those of the queries, counted from where the keys' were; the query is un-rotated. Value
-    has all S slots; `near_keys` may be only the last min(S, w + n - 1) or more, `far_keys` only the first S - w or more.
+    `positions` [n] or [B, n] are those of the queries, counted from where the keys' were; the query is un-rotated.
+    Value has all S slots; `near_keys` needs only the last min(S, w + n - 1) of them, `far_keys` only the first S - w.
     """
     count, slots = query.shape[2], value.shape[2]
     sharpness = self_extend.query_scale(positions, config)
     if sharpness is not None:
-        query = (query * (sharpness[..., None] if sharpness.dim() == 1 else sharpness[:, None, :, None])).to(
-            query.dtype
-        )
+        by_row = sharpness[:, None] if sharpness.dim() == 2 else sharpness  # [B, 1, n] or [n]
+        query = (query * by_row[..., None]).to(query.dtype)
     gone = slots - near_keys.shape[2]
     near = local.trailing(
         rotate(query, rope.angles(positions, query.dtype)),
@@ -113,9 +112,8 @@ def trailing_rotated(
         first=first,
         softcap=softcap,
     )
-    seen = merge([Partial(near.output[:, :, blind:], near.lse[:, :, blind:]), far])
+    whole = merge([Partial(near.output[:, :, blind:], near.lse[:, :, blind:]), far])
     if not blind:
-        return seen
-    return Partial(
-        torch.cat((near.output[:, :, :blind], seen.output), 2), torch.cat((near.lse[:, :, :blind], seen.lse), 2)
-    )
+        return whole
+    alone = Partial(near.output[:, :, :blind], near.lse[:, :, :blind])
+    return Partial(torch.cat((alone.output, whole.output), 2), torch.cat((alone.lse, whole.lse), 2))

@@ -1,6 +1,6 @@
 """Attention within the window, as a partial that can be merged with what the memory answers.
 
-B batch rows, H query heads, K key/value heads (query head h reads head h // (H // K)), n queries, S key slots, D head_dim.
+B batch rows, H query heads, K key/value heads (query head h reads h // (H // K)), n queries, S key slots, D head_dim.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memory_service import Partial, merge
 
-_BAND_QUERIES = 256  # Queries that share one band of keys: more waste keys, fewer waste calls.
+_BAND_QUERIES = 64  # Queries that share one band of keys: more waste keys, fewer waste calls.
 _BLOCK_SCORES = 1 << 22  # Float32 scores held at a time where no kernel serves.
 
 
@@ -40,7 +40,6 @@ def trailing(
     """The queries are the last n of S slots, causal; slots before `first` [B] of their row are invisible.
 
     key and value are [B, K, S, D], the rest is as in `causal`. A query before `first` sees nothing: output 0, lse -inf.
-    Pass None rather than zeros: hiding takes a mask.
     """
     count, slots = query.shape[2], key.shape[2]
     if sliding is not None and slots > count + sliding - 1:
@@ -51,6 +50,8 @@ def trailing(
         sliding = None
     if not _served(query, key, value, softcap):
         return by_blocks(query, key, value, scale, first=first, softcap=softcap, sliding=sliding)
+    if first is not None and int(first.max()) <= 0:
+        first = None
     if sliding is None:
         return _plain(query, key, value, scale, first)
     if first is None:
@@ -140,28 +141,34 @@ def _own(query: Tensor, key: Tensor, value: Tensor, scale: float, hidden: Tensor
 
 def _banded(query: Tensor, key: Tensor, value: Tensor, scale: float, sliding: int) -> Partial:
     """The last `sliding` keys only: blocks of queries whose bands of keys have one shape go to the kernel together."""
-    batch, heads, count, dim = query.shape
+    count = query.shape[2]
     ramp = sliding - (key.shape[2] - count)  # These queries still see slot 0, the next one sees slots 1 to `sliding`.
     parts = [_plain(query[:, :, :ramp], key[:, :, :sliding], value[:, :, :sliding], scale)]
     step = min(_BAND_QUERIES, count - ramp)
-    width = step + sliding - 1
-    ahead = torch.arange(width) - torch.arange(step)[:, None]  # [c, W]
+    ahead = torch.arange(step + sliding - 1) - torch.arange(step)[:, None]  # [c, W]
     mask = _mask((ahead < 0) | (ahead >= sliding), query)
-    blocks, rest = divmod(count - ramp, step)
-    rows = []
-    for row in range(batch):
-        bands = (
-            _windows(query[row, :, ramp:], step, step),
-            *(_windows(x[row, :, 1:], width, step) for x in (key, value)),
-        )
-        output, lse = _flash(*bands, scale, mask)  # [blocks, H, c, D]
-        output = output.transpose(1, 2).reshape(1, blocks * step, heads, dim).transpose(1, 2)
-        rows.append(Partial(output, lse.transpose(1, 2).reshape(1, blocks * step, heads).transpose(1, 2)))
-    parts.append(_stacked(rows))
+    rows = zip(query[:, :, ramp:], key[:, :, 1:], value[:, :, 1:], strict=True)
+    parts.append(_stacked([_bands(*row, scale, mask) for row in rows]))
+    rest = (count - ramp) % step
     if rest:
         tail = rest + sliding - 1
         parts.append(_flash(query[:, :, -rest:], key[:, :, -tail:], value[:, :, -tail:], scale, mask[:rest, :tail]))
     return _in_a_row(parts)
+
+
+def _bands(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Partial:
+    """All whole blocks of a row's queries [H, n, D] over their bands of keys [K, W, D], which overlap and are views."""
+    step, width = mask.shape
+    query, key, value = (_windows(x, size, step) for x, size in ((query, step), (key, width), (value, width)))
+    output, lse = _flash(query, key, value, scale, mask)  # [blocks, H, c, D], laid out as [blocks, c, H, D]
+    return Partial(
+        output.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None], lse.transpose(1, 2).flatten(0, 1).T[None]
+    )
+
+
+def _windows(x: Tensor, width: int, step: int) -> Tensor:
+    """Views of x [heads, S, D]: [windows, heads, width, D]."""
+    return x.unfold(1, width, step).permute(1, 0, 3, 2)
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor, sliding: int) -> Partial:
@@ -181,20 +188,14 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, *, causal: bool = False
 ) -> Partial:
     """The kernel; `mask` is added to the scores. Causal: query i sees keys 0 to i. The lse of an empty row is 0."""
-    return Partial(
-        *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-        )
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
+    return Partial(output, lse)
 
 
 def _mask(hidden: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-
-
-def _windows(x: Tensor, width: int, step: int) -> Tensor:
-    """Overlapping views of x [heads, S, D]: [windows, heads, width, D]."""
-    return x.unfold(1, width, step).permute(1, 0, 3, 2)
 
 
 def _in_a_row(parts: Sequence[Partial]) -> Partial:

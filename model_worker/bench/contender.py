@@ -16,17 +16,16 @@ from torch import Tensor
 
 from memory_service.client import Memory
 from memory_service.errors import InvalidArgument
-from memory_service.types import IndexPolicy
+from memory_service.types import IndexPolicy, OperationState
 from model_worker.bench.reference import Cache, Reference
-from model_worker.bench.subject import Mode, Quality, Setup
+from model_worker.bench.subject import PLANTED_TOKENS, Mode, Quality, Setup
 from model_worker.model import FotModel, spec_of
 from model_worker.settings import Read
 from model_worker.state import State
 
 NAME = "bench"
-PLANTED = "planted"  # Prefix of the documents that hold planted tokens.
 # Built when asked for, so that no background build takes the processor from what is measured.
-INDEX = IndexPolicy(min_tokens=1 << 40)
+INDEXED_WHEN_ASKED = IndexPolicy(min_tokens=1 << 40)
 
 
 class Contender(Protocol):
@@ -69,8 +68,11 @@ class Fot:
         """A model over the memory at the setup's target, made if there is none."""
         if not setup.fot.mem_layers:
             return cls(FotModel(base, setup.fot))
-        spec = spec_of(base, setup.fot, index=INDEX)
-        return cls(FotModel(base, setup.fot, Memory.open(setup.target, NAME, spec), owns_memory=True))
+        spec = spec_of(base, setup.fot, index=INDEXED_WHEN_ASKED)
+        memory = Memory.open(setup.target, NAME, spec)
+        if setup.planted is not None:
+            _plant(memory, setup.planted)
+        return cls(FotModel(base, setup.fot, memory, owns_memory=True))
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         answer = self._model(input_ids, logits_to_keep=1)
@@ -139,6 +141,16 @@ class Bare:
 
     def close(self) -> None:
         pass
+
+
+def _plant(memory: Memory, file: str) -> None:
+    """Store a file's keys and values as documents, and index them."""
+    planted = load_file(Path(file))
+    for first in range(0, planted["keys"].shape[2], PLANTED_TOKENS):
+        part = slice(first, first + PLANTED_TOKENS)
+        memory.put(f"planted-{first}", planted["keys"][:, :, part], planted["values"][:, :, part])
+    built = memory.wait(memory.start("index"))
+    assert built.state is OperationState.DONE, built.message
 
 
 def _planted(reference: Reference, file: str | None) -> Cache | None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from memory_service.bench.harness import single_threaded
 from memory_service.errors import FotError, InvalidArgument
 from model_worker.bench.contender import Contender, Fot, make
 from model_worker.bench.geometry import Geometry
@@ -29,6 +31,7 @@ class Bench:
     def __init__(self) -> None:
         self._setup = Setup("", Geometry())
         self._contender: Contender | None = None
+        self._confined = ExitStack()
 
     def setup(self, facts: dict[str, Any]) -> None:
         """Build the contender, on as many cores as it has threads."""
@@ -40,8 +43,9 @@ class Bench:
             extend=tuple(extend) if extend else None,
             **facts,
         )
-        _confine(self._setup.threads)
         self._contender = make(self._setup)
+        # Only now: planting and indexing may use the whole machine.
+        _confine(self._setup.threads, self._confined)
 
     def prefill(self, facts: dict[str, Any]) -> dict[str, Any]:
         ids = self._setup.geometry.tokens(facts["tokens"])
@@ -69,6 +73,7 @@ class Bench:
     def close(self) -> None:
         if self._contender is not None:
             self._contender.close()
+        self._confined.close()
 
 
 def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Measured:
@@ -86,11 +91,12 @@ def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Meas
     return Measured(seconds, round(cpu, 4), _mb(before), _mb(max(_peak(), before)), logits.tolist())
 
 
-def _confine(threads: int) -> None:
-    """So many threads of torch on so many cores: a helper thread somewhere else would not be counted otherwise."""
+def _confine(threads: int, until: ExitStack) -> None:
+    """So many threads on so many cores: the work of a helper thread on another core would not be seen otherwise."""
+    if threads == 1:
+        until.enter_context(single_threaded())
     torch.set_num_threads(threads)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:threads])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def _forget_peak() -> None:

@@ -18,6 +18,8 @@ from memory_service.types import DType
 from model_worker.bench.geometry import Geometry
 from model_worker.settings import FotConfig, Recall, SelfExtend
 
+PLANTED_TOKENS = 65_536  # Of a document that holds planted keys and values.
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -28,7 +30,7 @@ class Setup:
     layers: tuple[int, ...] = ()
     dtype: str = DType.F32
     target: str = ":memory:"  # Of a "fot".
-    planted: str | None = None  # Of a "reference": a file of keys and values [L, H, M, D] that its memory starts with.
+    planted: str | None = None  # A file of keys and values [L, H, M, D] that the memory starts with.
     extend: tuple[int, int] | None = None  # Of a "fot" without memory layers: group and window of Self-Extend.
     longest: int = 0  # Of a "fot" without memory layers: tokens of its one window.
     threads: int = 1
@@ -87,7 +89,7 @@ class Subject:
 
     def __init__(self, setup: Setup):
         """Start it and wait until its model is built. Raises Unavailable with what it said if it is not."""
-        environ = os.environ | {"OMP_NUM_THREADS": str(setup.threads), "TRANSFORMERS_VERBOSITY": "error"}
+        environ = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "model_worker.bench.process"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True,

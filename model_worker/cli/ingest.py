@@ -1,2 +1,190 @@
-def ingest() -> None:
-    """Encode documents and store them in a memory."""
+"""`fot ingest`: encode documents and store them in a memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memory_service import DocumentInfo
+from memory_service.errors import FotError, InvalidArgument
+from memory_service.types import Scalar
+from model_worker.cli.console import counted, print_json, say
+from model_worker.cli.opening import find_memory, load_model, load_tokenizer, open_memory
+from model_worker.cli.options import (
+    NAME,
+    TARGET,
+    Ca,
+    Device,
+    Insecure,
+    Json,
+    MemDType,
+    MemLayers,
+    Model,
+    ModelDType,
+    Name,
+    Target,
+    Threads,
+    TokenFile,
+    Window,
+    layers_of,
+    metadata_of,
+)
+from model_worker.cli.progress import Progress
+from model_worker.corpus import BadBytes, Choice, Columns, Format, Notes, corpus_bytes, read, root_of
+
+if TYPE_CHECKING:
+    from model_worker.ingest import IngestReport
+
+
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(help="Files, directories and saved datasets.")],
+    model: Model,
+    target: Target = TARGET,
+    name: Name = NAME,
+    mem_layers: MemLayers = None,
+    window: Window = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of left context a window sees again; by default 32.")
+    ] = None,
+    format: Annotated[Format, typer.Option(help="How to read files; auto goes by their suffix.")] = Format.AUTO,  # noqa: A002
+    include: Annotated[
+        list[str] | None, typer.Option(help="In directories, only files like this, as in '*.py' or 'docs/**/*.md'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="In directories, no files like this.")] = None,
+    text_field: Annotated[str, typer.Option(help="The field of a row's text.")] = "text",
+    tokens_field: Annotated[str, typer.Option(help="The field of a row's token ids, if it has them.")] = "input_ids",
+    id_field: Annotated[
+        str | None, typer.Option(help="The field that names a row's document; by default file#number.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None, typer.Option("--field", help="A field to keep as metadata; by default all plain ones.")
+    ] = None,
+    bad_bytes: Annotated[BadBytes, typer.Option(help="For text that is not valid in its encoding.")] = BadBytes.REPLACE,
+    prefix: Annotated[str, typer.Option(help="Begin every document's id with this, as in 'manual/'.")] = "",
+    metadata: Annotated[
+        list[str] | None, typer.Option("--metadata", metavar="NAME=VALUE", help="Keep this with every document.")
+    ] = None,
+    special_tokens: Annotated[
+        bool, typer.Option(help="Begin a text as the tokenizer does, with <s> for example.")
+    ] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read so many documents and no more.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Also replace documents of the same id that came from elsewhere.")
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Remove what earlier runs stored from these paths and is no longer there."),
+    ] = False,
+    mem_dtype: MemDType = None,
+    dtype: ModelDType = None,
+    device: Device = None,
+    threads: Threads = None,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """Encode documents and store them in a memory, which is made if there is none.
+
+    Documents that are stored as they are now are skipped, changed ones are replaced, so a run that was stopped goes on
+    when it is started again.
+    """
+    if prune and limit is not None:
+        raise InvalidArgument("--prune would remove everything beyond --limit; give one of them")
+    choice = Choice(format, tuple(include or ()), tuple(exclude or ()))
+    columns = Columns(text_field, tokens_field, id_field, None if fields is None else tuple(fields))
+    extra = metadata_of(metadata)
+    total = corpus_bytes(paths, choice)
+
+    # Transformers takes seconds to import; a wrong path should not.
+    from model_worker.encoding import Encoder
+    from model_worker.ingest import ingest as run
+    from model_worker.ingest import settings_of
+
+    with ExitStack() as opened:
+        tokenizer = load_tokenizer(model)
+        memory = find_memory(target, name, token_file, ca, insecure)
+        if memory is not None:
+            opened.enter_context(memory)
+        decoder = load_model(
+            model,
+            memory,
+            mem_layers=layers_of(mem_layers),
+            window=window,
+            mem_dtype=mem_dtype,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+        )
+        opened.enter_context(decoder)
+        progress = opened.enter_context(Progress(None if limit else total))
+        encoder = Encoder(decoder, overlap, on_block=progress.encoded)
+        if memory is None:
+            memory = opened.enter_context(open_memory(target, name, token_file, ca, insecure, encoder.spec))
+        notes = Notes()
+        sources = read(
+            paths, choice=choice, columns=columns, bad_bytes=bad_bytes, prefix=prefix, metadata=extra, note=notes
+        )
+        try:
+            report = run(
+                islice(sources, limit),
+                encoder,
+                tokenizer,
+                memory,
+                settings=settings_of(encoder),
+                special_tokens=special_tokens,
+                replace=replace,
+                belongs=_belongs(paths, prefix, extra) if prune else None,
+                notes=notes,
+                on_progress=progress.reached,
+            )
+        except (FotError, OSError, KeyboardInterrupt):
+            progress.close()
+            sys.stderr.write(
+                f"fot: stopped; what this run stored stays ({counted(progress.report.stored, 'document')}), "
+                "and the same command goes on from there\n"
+            )
+            raise
+        made = memory.info()
+    if json:
+        print_json(_facts(report) | {"memory": made.name, "target": target, "memory_documents": made.documents})
+        return
+    _tell(report, name, made.documents)
+
+
+def _belongs(paths: Sequence[Path], prefix: str, extra: Mapping[str, Scalar]) -> Callable[[DocumentInfo], bool]:
+    """Whether a stored document came from these paths, under the same prefix and with the same metadata."""
+    wanted = dict(extra)
+    roots = {str(wanted.pop("root"))} if "root" in wanted else {root_of(path) for path in paths}
+
+    def belongs(document: DocumentInfo) -> bool:
+        told = document.metadata
+        return (
+            document.id.startswith(prefix)
+            and told.get("root") in roots
+            and all(told.get(key) == value for key, value in wanted.items())
+        )
+
+    return belongs
+
+
+def _facts(report: IngestReport) -> dict[str, object]:
+    left_out = [one._asdict() for one in report.left_out]
+    return asdict(report) | {"tokens_per_s": round(report.tokens_per_s, 1), "left_out": left_out}
+
+
+def _tell(report: IngestReport, name: str, documents: int) -> None:
+    parts = [f"{report.added:,} added", f"{report.replaced:,} replaced", f"{report.unchanged:,} unchanged"]
+    parts += [f"{report.removed:,} removed"] if report.removed else []
+    say(f"{', '.join(parts)}; memory {name} has {counted(documents, 'document')}.")
+    if report.stored:
+        say(f"{report.tokens:,} tokens in {report.seconds:,.1f} s, {report.tokens_per_s:,.0f} tokens/s.")
+    for one in report.left_out:
+        say(f"{counted(one.times, 'time')}: {one.why}, as {one.first}.")

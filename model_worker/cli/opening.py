@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memory_service import DType, Memory, MemorySpec, NotFound, Tls
 from memory_service.errors import InvalidArgument
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from model_worker.model import FotModel
+
+IN_MEMORY = ":memory:"
+MEM_LAYER = 2  # Where no one says which; FoT's passkey models have their memory there.
 
 
 def open_memory(
@@ -57,33 +61,41 @@ def load_model(
     self_extend: SelfExtend | None = None,
     recall: Recall | None = None,
 ) -> FotModel:
-    """The checkpoint with its memory; layers and dtype are by default the memory's, then the checkpoint's own.
+    """The checkpoint with its memory, None for one in RAM; layers are by default the memory's, then the checkpoint's.
 
     Raises InvalidArgument if there is no checkpoint, UnsupportedModel, and WrongModel if the memory is another model's.
     """
     check_checkpoint(directory)
     import torch
 
-    from model_worker.model import FotModel
+    from model_worker.model import FotModel, spec_of
 
     quiet()
     if threads is not None:
         torch.set_num_threads(threads)
     if memory is not None:
-        mem_layers, mem_dtype = mem_layers or memory.spec.layers, mem_dtype or memory.spec.dtype
-    chosen: dict[str, Any] = {
-        "mem_layers": mem_layers,
-        "window": window,
-        "last_context_length": last_context,
-        "overlap": overlap,
-        "mem_dtype": mem_dtype,
-        "dtype": dtype and dtype.torch,
-        "device": device,
-        "self_extend": self_extend,
-        "recall": recall,
-    }
-    # What was not given is left to the checkpoint.
-    return FotModel.from_pretrained(directory, memory, **{name: one for name, one in chosen.items() if one is not None})
+        if mem_dtype not in (None, memory.spec.dtype):
+            raise InvalidArgument(f"memory {memory.name!r} stores {memory.spec.dtype}; leave --mem-dtype out")
+        mem_layers, mem_dtype = mem_layers or memory.spec.layers, memory.spec.dtype
+    model = FotModel.from_pretrained(
+        directory,
+        memory=memory or IN_MEMORY,
+        mem_layers=mem_layers,
+        recall=recall,
+        dtype=None if dtype is None else dtype.torch,
+        device=device,
+        window=window,
+        last_context_length=last_context,
+        overlap=overlap,
+        mem_dtype=mem_dtype,
+        self_extend=self_extend,
+    )
+    if model.fot.mem_layers or mem_layers is not None:
+        return model
+    # Neither the caller nor a memory nor the checkpoint says which.
+    fot = replace(model.fot, mem_layers=(min(MEM_LAYER, model.decoder.layers - 1),))
+    base = model.detach()
+    return FotModel(base, fot, Memory.open(IN_MEMORY, spec=spec_of(base, fot)), recall, owns_memory=True)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -93,7 +105,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     quiet()
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"{directory} has no tokenizer that transformers can read: {error}") from None
 

@@ -14,6 +14,7 @@ import typer
 
 from memory_service import ALL_DOCUMENTS, DType
 from memory_service.errors import InvalidArgument
+from memory_service.types import Scalar
 from model_worker.settings import LogitScaling, Recall, SelfExtend
 
 TARGET = "grpc://127.0.0.1:7070"  # As the other commands of fot.
@@ -110,6 +111,30 @@ def search_of(pairs: Sequence[str] | None) -> dict[str, float]:
         if not (name and equals and math.isfinite(told[name])):
             raise InvalidArgument(f"--search takes name=number such as nprobe=32, got {pair!r}")
     return told
+
+
+def metadata_of(pairs: Sequence[str] | None) -> dict[str, Scalar]:
+    """Metadata from ["lang=python", "year=2020", …]: numbers, true and false are taken for such unless in quotes."""
+    told: dict[str, Scalar] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise InvalidArgument(f"--metadata takes name=value such as lang=python, got {pair!r}")
+        told[name] = _scalar(value)
+    return told
+
+
+def _scalar(word: str) -> Scalar:
+    if word in ("true", "false"):
+        return word == "true"
+    if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'":
+        return word[1:-1]
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
 
 
 def self_extend_of(

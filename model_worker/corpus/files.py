@@ -72,7 +72,7 @@ def find(paths: Sequence[Path], choice: Choice, note: NoteTaker) -> Iterator[Fou
             glob = "; name the directory and give a pattern as include" if set("*?[") & set(str(path)) else ""
             raise NotFound(f"there is no file or directory {path}{glob}")
     for path in paths:
-        root = readable(path.resolve().name)
+        root = root_of(path)
         if not path.is_dir():
             yield _found(path, readable(path.name), root, choice.format)
         elif is_dataset(path):
@@ -83,6 +83,11 @@ def find(paths: Sequence[Path], choice: Choice, note: NoteTaker) -> Iterator[Fou
             raise InvalidArgument(f"{path} holds no dataset that save_to_disk wrote; name its directory")
         else:
             yield from _inside(path, "", root, choice, note)
+
+
+def root_of(path: Path) -> str:
+    """What documents from this path have as their metadata `root`: its last name."""
+    return readable(path.resolve().name)
 
 
 def is_dataset(directory: Path) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterable, Iterator
 
 from memory_service.errors import InvalidArgument
 from model_worker.corpus.files import Found
@@ -26,7 +25,9 @@ def read_jsonl(found: Found, columns: Columns, note: NoteTaker) -> Iterator[Sour
         raise InvalidArgument(f"{found.path} is damaged: {error}") from None
 
 
-def _documents(lines: IO[bytes], found: Found, columns: Columns, note: NoteTaker, packed: bool) -> Iterator[Source]:
+def _documents(
+    lines: Iterable[bytes], found: Found, columns: Columns, note: NoteTaker, packed: bool
+) -> Iterator[Source]:
     for number, line in enumerate(lines):
         if not line.strip():
             continue

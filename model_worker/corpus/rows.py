@@ -47,13 +47,13 @@ class Columns:
         """
         where = f"{name}#{number}"
         text, tokens = row.get(self.text), row.get(self.tokens)
-        if text is None and tokens is None:
-            if self.text not in row and self.tokens not in row:
-                raise InvalidArgument(f"{where} has {self._missing(row)}")
-            note(Note(where, "has no text"))
-            return None
-        if tokens is None and not isinstance(text, str):
+        if self.text not in row and self.tokens not in row:
+            raise InvalidArgument(f"{where} has {self._missing(row)}")
+        if tokens is None and not isinstance(text, str | None):
             raise InvalidArgument(f"field {self.text!r} of {where} holds a {type(text).__name__}, not text")
+        if tokens == [] or (tokens is None and not (text and str(text).strip())):
+            note(Note(where, "has no text", size=size))
+            return None
         told = {key: one for key, one in row.items() if key not in (self.text, self.tokens, MASK, self.id)}
         if self.metadata is not None:
             told = {key: row.get(key) for key in self.metadata}

@@ -49,6 +49,7 @@ class Note:
     where: str
     why: str
     unread: bool = False  # It exists but could not be read: nobody should conclude that it is gone.
+    size: int = 0  # Bytes of the corpus that are done with by this.
 
 
 NoteTaker = Callable[[Note], None]
@@ -58,7 +59,7 @@ class LeftOut(NamedTuple):
     """How often one reason was noted, and where first."""
 
     why: str
-    count: int
+    times: int
     first: str
 
 
@@ -67,18 +68,20 @@ class Notes:
 
     def __init__(self) -> None:
         self.unread = False  # Something is there that was not read.
+        self.bytes_read = 0
         self._reasons: dict[str, LeftOut] = {}
 
     def __call__(self, note: Note) -> None:
         """Take a note."""
         before = self._reasons.get(note.why, LeftOut(note.why, 0, note.where))
-        self._reasons[note.why] = before._replace(count=before.count + 1)
+        self._reasons[note.why] = before._replace(times=before.times + 1)
         self.unread = self.unread or note.unread
+        self.bytes_read += note.size
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Reasons, the most frequent first."""
-        return tuple(sorted(self._reasons.values(), key=lambda one: -one.count))
+        return tuple(sorted(self._reasons.values(), key=lambda one: -one.times))
 
 
 def fitting(metadata: Mapping[str, object]) -> tuple[dict[str, Scalar], dict[str, str]]:

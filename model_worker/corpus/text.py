@@ -52,12 +52,12 @@ def read_text(found: Found, bad_bytes: BadBytes, note: NoteTaker) -> Iterator[So
     try:
         content = found.path.read_bytes()
     except OSError as error:
-        note(Note(found.name, f"cannot be read: {error.strerror}", unread=True))
+        note(Note(found.name, f"cannot be read: {error.strerror}", unread=True, size=found.size))
         return
     suffix = found.path.suffix[1:].lower()
     encoding = _encoding(content, suffix)
     if not found.asked and _is_binary(content, encoding):
-        note(Note(found.name, "is binary"))
+        note(Note(found.name, "is binary", size=found.size))
         return
     try:
         text = content.decode(encoding)
@@ -65,7 +65,7 @@ def read_text(found: Found, bad_bytes: BadBytes, note: NoteTaker) -> Iterator[So
         if bad_bytes is BadBytes.FAIL:
             raise InvalidArgument(f"{found.path} is not valid {encoding} at byte {error.start:,}") from None
         if bad_bytes is BadBytes.SKIP:
-            note(Note(found.name, f"is not valid {encoding}", unread=True))
+            note(Note(found.name, f"is not valid {encoding}", unread=True, size=found.size))
             return
         note(Note(found.name, f"is not valid {encoding}: bad bytes were replaced"))
         text = content.decode(encoding, "replace")

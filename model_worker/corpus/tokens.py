@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def token_ids(source: Source, tokenizer: PreTrainedTokenizerBase | None, special_tokens: bool = True) -> Tensor:
     """Token ids [T] int64 of a document, those it brings or those of its text; T may be 0.
 
-    `special_tokens`: with what the tokenizer puts around a text, such as a first <s>. Raises InvalidArgument if a text
-    comes and no tokenizer is there, or for token ids that the tokenizer does not have.
+    `special_tokens`: with what the tokenizer puts around a text, such as a first <s>; an empty text is then at least
+    the token that begins or ends texts, so that an empty file is a document like any other.
+    Raises InvalidArgument if a text comes and no tokenizer is there, or for token ids that the tokenizer does not have.
     """
     if source.token_ids is not None:
         ids = torch.tensor(source.token_ids, dtype=torch.int64)
@@ -42,7 +43,10 @@ def token_ids(source: Source, tokenizer: PreTrainedTokenizerBase | None, special
         truncation=False,
         verbose=False,
     )
-    return torch.tensor(found["input_ids"], dtype=torch.int64)
+    ids = found["input_ids"]
+    if not ids and special_tokens:
+        ids = [one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None][:1]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:

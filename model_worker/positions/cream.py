@@ -42,7 +42,7 @@ class Sampler(Protocol):
         """One placement for each text, given their lengths in tokens; the same for the same state of `generator`."""
 
 
-# --- CREAM -------------------------------------------------------------------------------------------------------------
+# --- CREAM ------------------------------------------------------------------------------------------------------------
 
 
 class Branch(StrEnum):
@@ -97,10 +97,9 @@ class CreamDraw(NamedTuple):
 class Cream:
     """Head, middle and tail of a text at the start, somewhere inside, and at the end of F·N positions (CREAM, §3).
 
-    Raises InvalidArgument if 4·F tokens of head and of tail do not fit into N. The defaults differ from the authors'
-    code in the two ways that cannot change what a single example looks like on texts of N tokens or more, but for one
-    repair: the branch is drawn for each example, and tokens are never repeated (theirs repeat some in 1.3 % of the
-    thirds of texts of just N tokens at F = 8). `branches` of one element trains that branch alone.
+    The defaults sample the authors' positions but for two repairs: the branch is drawn for every example, and no token
+    is taken twice (their code does so in 1.3 % of the RELATIVITY examples of texts of just N tokens, at F = 8).
+    `branches` of one element trains that branch alone. Raises InvalidArgument if head and tail do not fit into N.
     """
 
     window: int
@@ -154,7 +153,7 @@ class Cream:
         return self.branches[int(generator.integers(len(self.branches)))]
 
     def place(self, length: int, draw: CreamDraw) -> Placement:
-        """The tokens and positions of this draw, in a text of `length` tokens. Raises InvalidArgument if it is short."""
+        """The tokens and positions of this draw in a text of `length` tokens. Raises InvalidArgument if it is short."""
         head, middle, tail = self.segments(draw.branch)
         reach, start = self.factor * self.window, draw.end - middle + 1
         if middle and not head <= start <= reach - tail - middle:
@@ -197,7 +196,7 @@ class Cream:
 
 
 def doubled_factor(uniform: float, factor: int, sigma: float) -> int:
-    """The authors' Gaussian choice between 2 and 2·F halves of a window: whole, cut off at the ends, not renormalised."""
+    """The authors' Gaussian choice of 2 to 2·F halves of a window: whole, cut off at the ends, not renormalised."""
     shares, halves = _quantiles(factor, sigma)
     return int(np.interp(uniform, shares, halves))
 
@@ -209,7 +208,7 @@ def _quantiles(factor: int, sigma: float) -> tuple[npt.NDArray[np.float64], npt.
     return np.array([normal.cdf(half) for half in halves]), halves
 
 
-# --- baselines ---------------------------------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------------------
 
 
 class PoseDraw(NamedTuple):
@@ -238,10 +237,11 @@ class Pose:
 
     def ranges(self, length: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """First and last value of the three draws, for a text of `length` tokens."""
-        used = min(length, self.factor * self.window if self.longest is None else self.longest)
-        tokens = min(used, self.window)
-        _check_whole("the length of a text", tokens)
-        return (1, (tokens + 1) // 2), (tokens, used), (0, self.factor * self.window - tokens)
+        reach = self.factor * self.window
+        used = min(length, reach if self.longest is None else self.longest)
+        count = min(used, self.window)
+        _check_whole("the length of a text", count)
+        return (1, (count + 1) // 2), (count, used), (0, reach - count)
 
     def draw(self, length: int, generator: Generator) -> PoseDraw:
         """Draw one example of a text of `length` tokens."""
@@ -250,10 +250,10 @@ class Pose:
 
     def place(self, length: int, draw: PoseDraw) -> Placement:
         """The tokens and positions of this draw."""
-        for value, (least, most) in zip(draw, self.ranges(length), strict=True):
-            if not least <= value <= most:
-                raise InvalidArgument(f"{draw} is no draw for a text of {length} tokens")
-        count = min(length, self.window) if self.longest is None else min(length, self.window, self.longest)
+        ranges = self.ranges(length)
+        if not all(least <= value <= most for value, (least, most) in zip(draw, ranges, strict=True)):
+            raise InvalidArgument(f"{draw} is no draw for a text of {length} tokens")
+        count, _ = ranges[1]
         tokens = torch.cat((torch.arange(draw.first), torch.arange(draw.end - (count - draw.first), draw.end)))
         positions = torch.arange(count)
         positions[draw.first :] += draw.skip
@@ -280,7 +280,8 @@ class RandomPositions:
     def draw(self, length: int, generator: Generator) -> list[int]:
         """Draw the positions for a text of `length` tokens, in any order."""
         count = min(length, self.window)
-        return generator.choice(self.factor * self.window, count, replace=False, shuffle=False).tolist()
+        drawn = generator.choice(self.factor * self.window, count, replace=False, shuffle=False)
+        return [int(position) for position in drawn]
 
     def place(self, length: int, draw: Sequence[int]) -> Placement:
         """The tokens and positions of this draw."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_BLOCK_TOKENS = 512  # Rotated at a time, so that what lies between two steps stays in the cache.
+
 
 class Angles(NamedTuple):
     """What a channel is multiplied by, for some positions."""
@@ -48,6 +50,17 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     cos, sin = angles
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, R]
+    tokens = x.shape[2]
+    if tokens <= _BLOCK_TOKENS or (torch.is_grad_enabled() and x.requires_grad):
+        return _turned(x, cos, sin)
+    output = torch.empty_like(x)
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        some = slice(start, start + _BLOCK_TOKENS)
+        output[:, :, some] = _turned(x[:, :, some], cos[..., some, :], sin[..., some, :])
+    return output
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotary = cos.shape[-1]
     turned = x[..., :rotary]
     left, right = turned.chunk(2, dim=-1)

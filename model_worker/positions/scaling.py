@@ -83,7 +83,8 @@ def scaled_config(
 
     original_max_positions (N): what the model was trained on, None for the config's max_position_embeddings. Where
     layer types have rules of their own (Gemma 3), only full attention is scaled: a sliding window never reaches far.
-    CREAM_YARN registers itself. Raises UnsupportedModel if there is nothing to scale or it is scaled already.
+    CREAM_YARN registers itself. Raises UnsupportedModel if there is nothing to scale, if it is scaled already, or if
+    the architecture has other rules only (Phi-3).
     """
     try:
         kind = Scaling(kind)
@@ -107,11 +108,14 @@ def scaled_config(
     else:
         rules = _scaled_rule(text, rules, kind, factor, original)
     if "original_max_position_embeddings" in fields:
-        text.original_max_position_embeddings = original  # Phi-3 keeps it here, and believes this one.
+        text.original_max_position_embeddings = original  # Where a config has it, this one is believed.
     text.rope_parameters = rules
     text.max_position_embeddings = round(factor * original)
     text.standardize_rope_params()
-    text.validate_rope()
+    try:
+        text.validate_rope()
+    except ValueError as error:
+        raise UnsupportedModel(f"transformers does not scale {text.model_type} models by {kind}: {error}") from error
     return scaled
 
 

@@ -85,7 +85,7 @@ def advised_group(length: int, window: int, trained: int) -> int | None:
 
 
 def check_reach(config: SelfExtend, trained: int, length: int) -> None:
-    """Refuse a length that would put a pair farther apart than the model ever saw: InputTooLong, saying what would do."""
+    """Refuse a length that puts a pair farther apart than the model ever saw: InputTooLong, saying what would do."""
     longest = reach(config, trained)
     if length <= longest:
         return
@@ -107,6 +107,6 @@ def advice(config: SelfExtend, trained: int, length: int) -> str | None:
     group = advised_group(length, config.window, trained)
     remedy = f"group {group}" if group else f"a window below {2 * trained // 3}"
     return (
-        f"at {length} tokens, Self-Extend with group {config.group} and window {config.window} uses distances beyond two "
-        f"thirds of the {trained} tokens the model was trained on, which it knows badly: {remedy} stays below"
+        f"at {length} tokens, Self-Extend with group {config.group} and window {config.window} uses distances beyond "
+        f"two thirds of the {trained} tokens the model was trained on, which it knows badly: {remedy} stays below"
     )

@@ -27,8 +27,9 @@ IGNORED = -100  # The label that no loss counts.
 class Mask(StrEnum):
     """How a batch says that every token sees all before it, whatever their positions.
 
-    It must say so: without a mask, transformers takes every jump of the positions for the start of another text packed
-    into the row, and lets no token see across; the loss looks normal. `check_mask` tells whether a model is well.
+    It must say so: without a mask and without a cache, as one trains, transformers takes every jump of the positions
+    for the start of another text packed into the row, and lets no token see across; the loss looks normal. `check_mask`
+    tells whether a model reads a batch as it should.
     """
 
     # [B, 1, N, N] in `dtype`, 0 or -inf: right with eager and sdpa attention. All rows share N² numbers until the batch
@@ -50,9 +51,9 @@ class Collator:
     row's last position, and no token of the text sees them.
 
     Labels at the border of two segments are those tokens, as in the authors' code, though one does not follow the other
-    in the text; with `mask_borders` they are -100. The same seed gives the same batches in the same order. Every process
-    of a DataLoader has a stream of its own, from `seed` and from the seed that torch gives it, new in every epoch; the
-    ranks of a distributed run need seeds of their own.
+    in the text; with `mask_borders` they are -100. The same seed gives the same batches in the same order. Every
+    process of a DataLoader has a stream of its own, from `seed` and from the seed that torch gives it, new in every
+    epoch; the ranks of a distributed run need seeds of their own.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class Collator:
         return ids[tokens], positions, labels
 
     def _mask(self, lengths: list[int], longest: int) -> Tensor:
-        slots = torch.arange(longest)
         if self.mask is Mask.ONES:
-            return (slots < torch.tensor(lengths)[:, None]).long()
+            return (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
         # Pads come last, so what is causal hides them too, and one mask serves all rows.
-        visible = slots <= slots[:, None]
-        if self.mask is Mask.ADDITIVE:
-            visible = torch.zeros(longest, longest, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
-        return visible.expand(len(lengths), 1, longest, longest)
+        if self.mask is Mask.BOOLEAN:
+            causal = torch.ones(longest, longest, dtype=torch.bool).tril_()
+        else:
+            causal = torch.full((longest, longest), -torch.inf, dtype=self.dtype).triu_(1)
+        return causal.expand(len(lengths), 1, longest, longest)
 
     def _random(self) -> Generator:
         """The generator of this process and epoch; a copy that a worker got of its parent's would repeat it."""
@@ -164,7 +165,8 @@ def check_mask(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
             attention_mask=None if mask is None else mask.to(model.device),
             use_cache=False,
         )
-        return out.logits[0].float()
+        row_logits: Tensor = out.logits[0]
+        return row_logits.float()
 
     was_training = model.training
     model.eval()

@@ -21,25 +21,38 @@ from model_worker.settings import FotConfig
 Memory = dict[int, tuple[Tensor, Tensor]]  # Layer: keys and values [K, M, D], not rotated.
 
 
-def windows(tokens: int, fot: FotConfig) -> list[tuple[int, int]]:
-    """Where a long text is cut: windows into memory, then the last `last_context_length` tokens."""
+def windows(tokens: int, fot: FotConfig) -> list[tuple[int, int, int]]:
+    """Start, first token that is new, and end of each window: those for the memory, then the last tokens."""
     last = max(tokens - fot.last_context_length, 0)
-    return [(start, min(start + fot.window, last)) for start in range(0, last, fot.window)] + [(last, tokens)]
+    cut, new = [], 0
+    while new < last:
+        start = max(0, new - fot.overlap)
+        cut.append((start, new, min(start + fot.window, last)))
+        new = cut[-1][2]
+    return [*cut, (last, last, tokens)]
 
 
 @torch.no_grad()
 def expected(
     base: PreTrainedModel, ids: Tensor, fot: FotConfig, memory: Mapping[int, tuple[Tensor, Tensor]] | None = None
 ) -> tuple[Tensor, Memory]:
-    """Logits [T, V] of a text [T] on top of this memory, and the memory once its last window is full."""
-    remembered = dict(memory or {})
+    """Logits [T, V] of a text [T] on top of this memory, and the memory once the last window is reached."""
+    remembered, before = dict(memory or {}), _size(memory or {})
     logits = []
-    for start, stop in windows(len(ids), fot):
-        window, fresh = _run(base, ids[start:stop], remembered, fot)
-        logits.append(window)
+    for start, new, stop in windows(len(ids), fot):
+        # What a window sees itself, it does not see in memory as well.
+        seen = {layer: (k[:, : before + start], v[:, : before + start]) for layer, (k, v) in remembered.items()}
+        window, fresh = _run(base, ids[start:stop], seen if before + start else {}, fot)
+        logits.append(window[new - start :])
         if stop < len(ids):
-            remembered = {layer: _joined(remembered.get(layer), fresh[layer]) for layer in fot.mem_layers}
+            for layer, (keys, values) in fresh.items():
+                added = (keys[:, new - start :], values[:, new - start :])
+                remembered[layer] = _joined(remembered.get(layer), added)
     return torch.cat(logits), remembered
+
+
+def _size(memory: Mapping[int, tuple[Tensor, Tensor]]) -> int:
+    return max((keys.shape[1] for keys, _ in memory.values()), default=0)
 
 
 def scale_of_rotation(base: PreTrainedModel) -> Tensor:
@@ -90,9 +103,11 @@ def _masks(base: PreTrainedModel, count: int, sizes: list[int]) -> Iterator[None
             return args, {**named, "attention_mask": mask}
 
         hooks.append(module.get_submodule("self_attn").register_forward_pre_hook(put, with_kwargs=True))
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -113,9 +128,11 @@ def _raw_keys(base: PreTrainedModel, layers: tuple[int, ...]) -> Iterator[dict[i
 
         projection = attention.qkv_proj if "qkv_proj" in dict(attention.named_children()) else attention.k_proj
         hooks.append(projection.register_forward_hook(hear))
-    yield heard
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _joined(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

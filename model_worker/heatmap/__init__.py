@@ -1,0 +1,1 @@
+"""Heat maps: for a prompt, how much attention each document, passage, layer and token of the prompt had to do with."""
