@@ -8,6 +8,7 @@ B batch rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from model_worker.hf.decoder import Decoder
 from model_worker.hf.fingerprint import fingerprint
 from model_worker.loading import SessionStore, cut, load
 from model_worker.positions.policy import Policy
-from model_worker.positions.self_extend import check_reach, reach
+from model_worker.positions.self_extend import advice, check_reach, reach
 from model_worker.recall.reader import Reader
 from model_worker.settings import Cut, FotConfig, Overflow, Recall, SelfExtend
 from model_worker.state import State
@@ -35,6 +36,7 @@ from model_worker.steps import Piece, WindowStep
 from model_worker.window import Window
 
 LEASE_S = 3600.0
+_LOG = logging.getLogger(__name__)
 _DEFAULT_WINDOW = 2048
 
 
@@ -186,6 +188,8 @@ class FotModel(GenerationMixin):  # type: ignore[misc]  # transformers is read a
         ids, pads = _checked(input_ids, attention_mask)
         own = past_key_values is None
         state = self.start(recall) if past_key_values is None else past_key_values
+        if recall is not None:
+            state.recall = recall
         try:
             state.begin(len(ids))
             logits = self._run(state, ids, pads, logits_to_keep, bool(use_cache))
@@ -463,7 +467,10 @@ def _check_self_extend(decoder: Decoder, fot: FotConfig, extend: SelfExtend) -> 
             "config.sliding_window = None"
         )
     if fot.mem_layers:
-        check_reach(extend, decoder.trained_length, max(fot.window, fot.last_context_length))
+        longest = max(fot.window, fot.last_context_length)
+        check_reach(extend, decoder.trained_length, longest)
+        if (told := advice(extend, decoder.trained_length, longest)) is not None:
+            _LOG.warning(told)
 
 
 def _policies(decoder: Decoder, fot: FotConfig) -> list[Policy]:

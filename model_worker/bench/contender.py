@@ -23,7 +23,6 @@ from model_worker.model import FotModel, spec_of
 from model_worker.settings import Read
 from model_worker.state import State
 
-NAME = "bench"
 # Built when asked for, so that no background build takes the processor from what is measured.
 INDEXED_WHEN_ASKED = IndexPolicy(min_tokens=1 << 40)
 
@@ -69,7 +68,7 @@ class Fot:
         if not setup.fot.mem_layers:
             return cls(FotModel(base, setup.fot))
         spec = spec_of(base, setup.fot, index=INDEXED_WHEN_ASKED)
-        memory = Memory.open(setup.target, NAME, spec)
+        memory = Memory.open(setup.target, setup.name, spec)
         if setup.planted is not None:
             _plant(memory, setup.planted)
         return cls(FotModel(base, setup.fot, memory, owns_memory=True))

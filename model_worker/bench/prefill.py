@@ -77,6 +77,7 @@ class Plan:
     extend: tuple[int, int]
     reference_tokens: int
     rounds: int
+    here: bool = False  # All contenders in this process: quick, and the figures mean nothing.
 
     def reads(self, cell: Cell) -> list[int]:
         """Sizes this cell is measured at."""
@@ -103,17 +104,19 @@ def run(
     """
     plan = Plan(Geometry(), {n: n for n in sorted(tokens)}, {n: n for n in extended}, EXTEND, reference_tokens, rounds)
     if quick:
-        plan = Plan(QUICK, QUICK_TOKENS, QUICK_EXTENDED, QUICK_EXTEND, reference_tokens, 1)
+        plan = Plan(QUICK, QUICK_TOKENS, QUICK_EXTENDED, QUICK_EXTEND, reference_tokens, 1, here=True)
         dtypes, threads = dtypes[:1], threads or (1,)
     threads = threads or sorted({1, len(os.sched_getaffinity(0))})
     rows: list[dict[str, Any]] = []
     figures: Figures = {}
-    with scratch(directory, "fot-bench-prefill-") as place:
+    with scratch(directory, "fot-bench-prefill-") as place, ExitStack() as stack:
+        forgetful = _without_memory(plan)
         for count in threads:
+            target = stack.enter_context(served(place / f"threads-{count}", threads=count))
             for dtype in dtypes:
                 for chosen in layers:
                     cell = Cell(chosen, dtype, count)
-                    found = _measure(cell, plan, place / cell.figure("prefill"), progress)
+                    found = _measure(cell, plan, target, forgetful, progress)
                     rows += found.rows
                     figures |= found.figures
             if plan.extended:
@@ -159,22 +162,21 @@ class _Found:
 # --- With a memory --------------------------------------------------------------------------------------------------
 
 
-def _measure(cell: Cell, plan: Plan, place: Path, progress: Progress) -> _Found:
+def _measure(cell: Cell, plan: Plan, target: str, forgetful: Measured, progress: Progress) -> _Found:
     """All contenders at all sizes of one cell."""
     found = _Found([], {})
     rates: dict[tuple[str, int], float] = {}
-    setup = Setup("fot", plan.geometry, cell.layers, cell.dtype, threads=cell.threads)
+    name = cell.figure("prefill")  # Of the memory: all cells share one service.
+    setup = Setup("fot", plan.geometry, cell.layers, cell.dtype, name=name, threads=cell.threads)
     with ExitStack() as stack:
-        target = stack.enter_context(served(place, threads=cell.threads))
         subjects = {
-            name: stack.enter_context(Subject(one))
+            name: stack.enter_context(Subject(one, here=plan.here))
             for name, one in {
                 "inprocess": setup,
                 "grpc": replace(setup, target=target),
                 "reference": replace(setup, kind="reference"),
             }.items()
         }
-        forgetful = _without_memory(plan, cell.threads)
         for subject in subjects.values():
             subject.prefill(min(plan.tokens.values()))
         for size in plan.reads(cell):
@@ -228,9 +230,9 @@ def _compare(runs: Runs, cell: Cell, forgetful: Measured | None) -> dict[str, di
     return facts
 
 
-def _without_memory(plan: Plan, threads: int) -> Measured:
+def _without_memory(plan: Plan) -> Measured:
     """The shortest prompt, read by a reference that forgets all but the last window."""
-    with Subject(Setup("reference", plan.geometry, threads=threads)) as subject:
+    with Subject(Setup("reference", plan.geometry), here=plan.here) as subject:
         return subject.prefill(min(plan.tokens.values()))
 
 
@@ -245,7 +247,7 @@ def _extend(plan: Plan, threads: int, progress: Progress) -> _Found:
     ours = replace(plain, kind="fot", longest=longest, extend=plan.extend)
     suffix = "" if threads == 1 else f"_{threads}threads"
     growth: dict[int, float] = {}
-    with Subject(plain) as sdpa, Subject(ours) as extended:
+    with Subject(plain, here=plan.here) as sdpa, Subject(ours, here=plan.here) as extended:
         for subject in (sdpa, extended):
             subject.prefill(min(plan.extended.values()))
         for size, tokens in plan.extended.items():

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from memory_service.bench.harness import single_threaded
 from memory_service.errors import FotError, InvalidArgument
+from memory_service.index import set_threads as set_faiss_threads
 from model_worker.bench.contender import Contender, Fot, make
 from model_worker.bench.geometry import Geometry
 from model_worker.bench.subject import Measured, Mode, Setup
@@ -28,24 +27,40 @@ MIB = 1 << 20
 class Bench:
     """The contender and the commands it obeys."""
 
-    def __init__(self) -> None:
+    def __init__(self, confined: bool = False):
+        """`confined`: to as many cores as the contender has threads, for good; for a process of its own."""
         self._setup = Setup("", Geometry())
         self._contender: Contender | None = None
-        self._confined = ExitStack()
+        self._confined = confined
+        self._commands: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "setup": self.setup,
+            "prefill": self.prefill,
+            "start": self.start,
+            "decode": self.decode,
+            "quality": self.quality,
+        }
+
+    def obey(self, line: str) -> str:
+        """Do what a line of JSON says; the answer, or the error, as another."""
+        facts = json.loads(line)
+        try:
+            return json.dumps({"answer": self._commands[facts.pop("command")](facts)})
+        except FotError as error:
+            return json.dumps({"error": error.message})
 
     def setup(self, facts: dict[str, Any]) -> None:
-        """Build the contender, on as many cores as it has threads."""
-        geometry = Geometry(**facts.pop("geometry"))
+        """Build the contender."""
         extend = facts.pop("extend")
         self._setup = Setup(
-            geometry=geometry,
+            geometry=Geometry(**facts.pop("geometry")),
             layers=tuple(facts.pop("layers")),
             extend=tuple(extend) if extend else None,
             **facts,
         )
         self._contender = make(self._setup)
-        # Only now: planting and indexing may use the whole machine.
-        _confine(self._setup.threads, self._confined)
+        if self._confined:
+            # Only now: planting and indexing may use the whole machine.
+            _confine(self._setup.threads)
 
     def prefill(self, facts: dict[str, Any]) -> dict[str, Any]:
         ids = self._setup.geometry.tokens(facts["tokens"])
@@ -71,9 +86,9 @@ class Bench:
         return self._contender
 
     def close(self) -> None:
+        """Let go of the contender."""
         if self._contender is not None:
             self._contender.close()
-        self._confined.close()
 
 
 def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Measured:
@@ -91,11 +106,10 @@ def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Meas
     return Measured(seconds, round(cpu, 4), _mb(before), _mb(max(_peak(), before)), logits.tolist())
 
 
-def _confine(threads: int, until: ExitStack) -> None:
+def _confine(threads: int) -> None:
     """So many threads on so many cores: the work of a helper thread on another core would not be seen otherwise."""
-    if threads == 1:
-        until.enter_context(single_threaded())
     torch.set_num_threads(threads)
+    set_faiss_threads(threads)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
@@ -124,21 +138,9 @@ def main() -> None:
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    bench = Bench()
-    commands: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "setup": bench.setup,
-        "prefill": bench.prefill,
-        "start": bench.start,
-        "decode": bench.decode,
-        "quality": bench.quality,
-    }
+    bench = Bench(confined=True)
     for line in sys.stdin:
-        facts = json.loads(line)
-        try:
-            answer = {"answer": commands[facts.pop("command")](facts)}
-        except FotError as error:
-            answer = {"error": error.message}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(bench.obey(line), file=answers, flush=True)
     bench.close()
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from memory_service.errors import Unavailable
 from memory_service.types import DType
@@ -30,6 +30,7 @@ class Setup:
     layers: tuple[int, ...] = ()
     dtype: str = DType.F32
     target: str = ":memory:"  # Of a "fot".
+    name: str = "bench"  # Of its memory.
     planted: str | None = None  # A file of keys and values [L, H, M, D] that the memory starts with.
     extend: tuple[int, int] | None = None  # Of a "fot" without memory layers: group and window of Self-Extend.
     longest: int = 0  # Of a "fot" without memory layers: tokens of its one window.
@@ -84,16 +85,23 @@ class Measured:
         return self.peak_rss_mb - self.rss_before_mb
 
 
-class Subject:
-    """A handle on the process. Use `with`: it ends with the block."""
+class Channel(Protocol):
+    """Where commands go, one line each, and come back answered."""
 
-    def __init__(self, setup: Setup):
-        """Start it and wait until its model is built. Raises Unavailable with what it said if it is not."""
-        environ = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "model_worker.bench.process"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True,
-        )  # fmt: skip
+    def obey(self, line: str) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Subject:
+    """A handle on a contender and its process. Use `with`: it ends with the block."""
+
+    def __init__(self, setup: Setup, *, here: bool = False):
+        """Start it and wait until its model is built and its memory planted.
+
+        `here`: in this process, unconfined, for runs whose figures mean nothing. Raises Unavailable if it fails.
+        """
+        self._channel = _bench() if here else Pipe()
         try:
             self._ask("setup", asdict(setup))
         except BaseException:
@@ -117,23 +125,50 @@ class Subject:
         return Quality(**self._ask("quality", {"tokens": tokens, "mode": asdict(mode)}))
 
     def _ask(self, command: str, facts: Mapping[str, Any]) -> Any:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        try:
-            stdin.write(json.dumps({"command": command, **facts}) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise Unavailable(f"the process that was to {command} ended with code {self._process.wait()}")
-        answer = json.loads(line)
+        answer = json.loads(self._channel.obey(json.dumps({"command": command, **facts})))
         if "error" in answer:
-            raise Unavailable(f"the process that was to {command} failed: {answer['error']}")
+            raise Unavailable(f"what was to {command} failed: {answer['error']}")
         return answer["answer"]
 
     def close(self) -> None:
-        """End the process. Harmless twice."""
+        """End it. Harmless twice."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Pipe:
+    """The process, through its standard input and output; what it says on standard error is everybody's to see."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "model_worker.bench.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+            text=True,
+        )
+
+    def obey(self, line: str) -> str:
+        """Send a command and wait for its answer. Raises Unavailable if the process ends instead."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            stdin.write(line + "\n")
+            stdin.flush()
+            answer = stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise Unavailable(f"a process that was measured ended with code {self._process.wait()}")
+        return answer
+
+    def close(self) -> None:
+        """Its input ends, and so does it. Harmless twice."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
@@ -143,8 +178,9 @@ class Subject:
             self._process.kill()
             self._process.wait()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _bench() -> Channel:
+    # Imported when needed: a parent of processes does without transformers.
+    from model_worker.bench.process import Bench
+
+    return Bench()

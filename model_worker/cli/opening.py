@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from model_worker.model import FotModel
 
 IN_MEMORY = ":memory:"
+PATIENCE_S = 60.0  # Of every call to the memory that has no time of its own.
 MEM_LAYER = 2  # Where no one says which; FoT's passkey models have their memory there.
 
 
@@ -33,7 +34,7 @@ def open_memory(
     Raises NotFound without a spec, and what `Memory.open` raises.
     """
     tls = Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
-    return Memory.open(target, name, spec, token=token_file, tls=tls, insecure=insecure)
+    return Memory.open(target, name, spec, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S)
 
 
 def find_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from model_worker.heatmap.colours import STOPS, UNKNOWN, grey, ink, percent, shade
 from model_worker.heatmap.grid import HeatMap
-from model_worker.heatmap.words import facts, readers, shares, shortened, tokens_title, visible
+from model_worker.heatmap.words import NOTHING, facts, passages_title, readers, shares, shortened, tokens_title, visible
 from model_worker.recall.tally import Floats
 
 # Inches.
@@ -42,14 +43,17 @@ def picture(heat: HeatMap) -> Figure:
     """The figure, to be saved in any format matplotlib knows."""
     columns = Columns.of(heat)
     rows = max(1, len(heat.rows)) * _ROW
-    below = 0.2 + (0.085 * columns.longest_name if columns.names else 0.3)
-    height = _HEAD + 2 * (_TITLE + rows) + 0.3 + below
+    below = 0.25 + (columns.name_width if columns.stand else 0.15 if columns.names else 0.3)
+    height = _HEAD + 2 * (_TITLE + rows) + 0.3 + below if heat.rows else _HEAD + _TITLE + rows + _MARGIN
     figure = Figure(figsize=(_WIDTH, height), facecolor="white")
     sheet = _Sheet(figure, height, rows)
     _heading(sheet, heat)
+    top = _HEAD + _TITLE
+    if not heat.rows:
+        _box(_table(sheet, _MARGIN, top, _WIDTH - 2 * _MARGIN, heat), 0, UNKNOWN, NOTHING)
+        return figure
     layers = len(heat.layers) if 1 < len(heat.layers) <= _MOST_LAYERS else 0
     wide = _WIDTH - _LABELS - _RIGHT - (layers + 1) * _LAYER - _GAP
-    top = _HEAD + _TITLE
     _places(sheet, top, wide, heat)
     _layers(sheet, top, _LABELS + wide + _GAP, layers, heat)
     _tokens(sheet, top + rows + 0.3 + _TITLE, heat, columns)
@@ -73,8 +77,14 @@ class Columns:
         return cls(asked, max(1, -(-len(asked) // _MOST_COLUMNS)), names)
 
     @property
-    def longest_name(self) -> int:
-        return max(map(len, self.names), default=0)
+    def name_width(self) -> float:
+        """Inches the longest name takes."""
+        return 0.075 * max(map(len, self.names), default=0)
+
+    @property
+    def stand(self) -> bool:
+        """Whether names are too wide for their column."""
+        return bool(self.names) and self.name_width > (_WIDTH - _LABELS - _RIGHT) / len(self.names)
 
     @property
     def edges(self) -> list[int]:
@@ -108,7 +118,7 @@ class _Sheet:
         style = {"fontsize": size, "color": colour, "fontweight": "bold" if bold else "normal", "va": "center"}
         self.figure.text(*place, _drawable(text), **style)  # type: ignore[arg-type]
 
-    def bar(self, top: float, most: float, label: str) -> None:
+    def bar(self, top: float, most: float) -> None:
         """A colour bar at the right of a table."""
         place = self.axes(_WIDTH - _RIGHT + _GAP, top, _BAR, self.rows)
         # Where the table is low, numbers would lie on each other.
@@ -118,7 +128,7 @@ class _Sheet:
         bar.ax.set_yticklabels([percent(value) for value in marks])
         bar.ax.tick_params(labelsize=_TINY, length=2, colors=_GREY)
         bar.outline.set_visible(False)
-        self.write(label, _WIDTH - _RIGHT + _GAP, top - 0.14, _TINY, _GREY)
+        self.write("share of attention", _WIDTH - _RIGHT + _GAP, top - 0.14, _TINY, _GREY)
 
 
 def _heading(sheet: _Sheet, heat: HeatMap) -> None:
@@ -165,12 +175,10 @@ def _box(axes: Axes, row: int, colour: str, words: str = "", ink_colour: str = _
 
 
 def _places(sheet: _Sheet, top: float, wide: float, heat: HeatMap) -> None:
-    _title(sheet, top, "Passages", "each document from beginning to end; its length in tokens is beside its name")
+    _title(sheet, top, "Passages", passages_title(heat))
     axes = _table(sheet, _LABELS, top, wide, heat)
     axes.set_xlim(0, 1)
-    if not heat.rows:
-        _box(axes, 0, UNKNOWN, "nothing in memory was attended to")
-    if heat.rows and not heat.most_of_a_cell:
+    if not heat.most_of_a_cell:
         words = "dense attention tells documents, not passages: ask for the top k" if not heat.top_k else "nothing told"
         _box(axes, 0, UNKNOWN, words, rows=len(heat.rows))
         axes.set_xticks([])
@@ -187,11 +195,7 @@ def _places(sheet: _Sheet, top: float, wide: float, heat: HeatMap) -> None:
     axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="white", linewidths=line))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["beginning", "25 %", "50 %", "75 %", "end"])
     if most > 0:
-        sheet.bar(top, most, f"passage of {heat.passage_tokens}" if _one_passage_each(heat) else "cell")
-
-
-def _one_passage_each(heat: HeatMap) -> bool:
-    return all(cell.place.tokens <= heat.passage_tokens for row in heat.rows for cell in row.cells)
+        sheet.bar(top, most)
 
 
 def _layers(sheet: _Sheet, top: float, left: float, layers: int, heat: HeatMap) -> None:
@@ -214,21 +218,15 @@ def _layers(sheet: _Sheet, top: float, left: float, layers: int, heat: HeatMap) 
 def _tokens(sheet: _Sheet, top: float, heat: HeatMap, columns: Columns) -> None:
     _title(sheet, top, "Tokens of the text", tokens_title(heat, columns.together))
     axes = _table(sheet, _LABELS, top, _WIDTH - _LABELS - _RIGHT, heat)
-    if not heat.rows or not heat.asked:
-        axes.set_xticks([])
-        _box(axes, 0, UNKNOWN, "nothing in memory was attended to")
-        return
     table = [columns.means(row.by_token) for row in heat.rows]
     single = [values for values, row in zip(table, heat.rows, strict=True) if row.documents < 2]
     most = float(np.nanmax(single)) if single else 0.0
     boxes, colours = [], []
     for number, (values, row) in enumerate(zip(table, heat.rows, strict=True)):
         for value, left, right in zip(values, columns.edges[:-1], columns.edges[1:], strict=True):
-            if not np.isnan(value):
-                boxes.append(Rectangle((left, number + 0.05), right - left, 0.9))
-                colours.append(grey(value) if row.documents > 1 else shade(value, most))
+            boxes.append(Rectangle((left, number + 0.05), right - left, 0.9))
+            colours.append(UNKNOWN if np.isnan(value) else grey(value) if row.documents > 1 else shade(value, most))
     line = 0.6 if len(columns.edges) <= 120 else 0.0
-    axes.set_facecolor(UNKNOWN)  # Where no token asked.
     axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="white", linewidths=line))
     axes.set_xlim(columns.edges[0], columns.edges[-1])
     _token_names(axes, columns)
@@ -237,7 +235,7 @@ def _tokens(sheet: _Sheet, top: float, heat: HeatMap, columns: Columns) -> None:
         place = (heat.prompt_tokens, 0)
         axes.annotate("answer ▸", place, (3, 2), textcoords="offset points", fontsize=_TINY, va="bottom")
     if most > 0:
-        sheet.bar(top, most, "of a token")
+        sheet.bar(top, most)
 
 
 def _token_names(axes: Axes, columns: Columns) -> None:
@@ -246,13 +244,17 @@ def _token_names(axes: Axes, columns: Columns) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         return
-    # A column is too narrow for a word, but not for one that stands.
-    stand = 90 if columns.longest_name > 2 else 0
-    axes.set_xticks([token + 0.5 for token in columns.tokens], columns.names, rotation=stand, family="monospace")
+    turn = 90 if columns.stand else 0
+    axes.set_xticks([token + 0.5 for token in columns.tokens], columns.names, rotation=turn, family="monospace")
     axes.tick_params(axis="x", length=0, colors=_INK)
 
 
 def _drawable(text: str) -> str:
     """The text with letters that the font has, and no mathematics."""
-    known = get_font(findfont(FontProperties(family=_FONT))).get_charmap()
+    known = _letters()
     return "".join(letter if ord(letter) in known else "▯" for letter in text).replace("$", r"\$")
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties(family=_FONT))).get_charmap())

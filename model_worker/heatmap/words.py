@@ -5,6 +5,7 @@ from __future__ import annotations
 from model_worker.heatmap.colours import DOCUMENTS, SESSION, UNTOLD, WINDOW, percent
 from model_worker.heatmap.grid import HeatMap, counted
 
+NOTHING = "nothing in memory was attended to"
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -33,6 +34,14 @@ def readers(heat: HeatMap) -> str:
     if heat.asked.start:
         text.append(f"the first {heat.asked.start:,} went to memory without asking")
     return f"{told} ({', '.join(text)})"
+
+
+def passages_title(heat: HeatMap) -> str:
+    """What the cells of the table by passage are."""
+    cell = f"{heat.passage_tokens} tokens"
+    if any(cell.place.tokens > heat.passage_tokens for row in heat.rows for cell in row.cells):
+        cell += ", more in long ones"
+    return f"each document from beginning to end, beside its length in tokens; a cell is {cell}"
 
 
 def tokens_title(heat: HeatMap, together: int) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from memory_service import (
     Unavailable,
     WrongModel,
 )
+from memory_service.client import flows
 from model_worker.errors import InputTooLong, UnsupportedModel
 from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig, MemoryPosition, Recall, SelfExtend
@@ -266,7 +267,7 @@ def test_inputs_of_the_wrong_shape_are_refused(base: PreTrainedModel) -> None:
         ):
             with pytest.raises(InvalidArgument, match=message):
                 model(**wrong)
-        with pytest.raises(InvalidArgument, match="labels|logits_to_keep"):
+        with pytest.raises(InvalidArgument, match="leave logits_to_keep at 0"):
             model(ids, labels=ids, logits_to_keep=1)
         model(ids, past_key_values=state)
         with pytest.raises(InvalidArgument, match="this state has 2 rows, the input 1"):
@@ -333,6 +334,7 @@ def test_a_window_that_self_extend_does_not_reach_is_refused_with_a_way_out() ->
 # --- The service ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_service_that_is_not_there_is_said_to_be_unavailable(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1\b"):
@@ -354,12 +356,15 @@ def test_a_session_that_expired_ends_the_text(base: PreTrainedModel) -> None:
 
 
 def test_a_lease_that_ran_out_ends_the_text(base: PreTrainedModel) -> None:
-    with Memory.open(":memory:", spec=spec_of(base, FOT)) as memory:
-        with FotModel(base, FOT, memory, lease_s=1.0) as model, model.start() as state:
-            model(text(60), past_key_values=state)
-            time.sleep(1.5)
-            with pytest.raises(SessionExpired):
-                model(torch.tensor([[5]]), past_key_values=state)
+    with (
+        Memory.open(":memory:", spec=spec_of(base, FOT)) as memory,
+        FotModel(base, FOT, memory, lease_s=1.0) as model,
+        model.start() as state,
+    ):
+        model(text(60), past_key_values=state)
+        time.sleep(1.5)
+        with pytest.raises(SessionExpired):
+            model(torch.tensor([[5]]), past_key_values=state)
 
 
 def test_an_answer_that_takes_too_long_ends_the_text(base: PreTrainedModel) -> None:
@@ -413,8 +418,18 @@ class KillAfter(BaseStreamer):
         self.heard.append(-1)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients wait 10 s for a service to come back; here nobody brings it back meanwhile."""
+    monkeypatch.setattr(flows, "PATIENCE_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_service_that_dies_ends_the_text_with_an_error(base: PreTrainedModel, tmp_path: Path) -> None:
-    """Killed in the middle of a generation: what was streamed so far is right, nothing follows it."""
+    """Killed in the middle of a generation: what was streamed so far is right, and nothing follows it.
+
+    The service that comes back on the same port knows nothing of the texts that were under way; new ones are well.
+    """
     prompt = text(60)
     how: dict[str, Any] = {
         "attention_mask": mask(prompt),
@@ -424,41 +439,30 @@ def test_a_service_that_dies_ends_the_text_with_an_error(base: PreTrainedModel, 
     }
     with attached(base) as model:
         want = model.generate(prompt, **how)[0].tolist()
-    service = Service(tmp_path)
-    try:
-        with Memory.open(service.target(), spec=spec_of(base, FOT), timeout_s=5) as memory:
-            with FotModel(base, FOT, memory) as model:
-                streamer, state = KillAfter(service, 6), model.start()
-                with pytest.raises(Unavailable):
-                    model.generate(prompt, **how, streamer=streamer, past_key_values=state)
-                assert streamer.heard == want[: len(streamer.heard)]
-                assert 65 <= len(streamer.heard) < 90
-                with pytest.raises(FailedPrecondition, match="failed half way"):
-                    model(torch.tensor([[5]]), past_key_values=state)
-                state.close()
-    finally:
-        service.kill()
+    with ExitStack() as closing:
+        service = Service(tmp_path)
+        closing.callback(service.kill)
+        target = service.target()
+        memory = closing.enter_context(Memory.open(target, spec=spec_of(base, FOT)))
+        model = closing.enter_context(FotModel(base, FOT, memory))
+        streamer, state, other = KillAfter(service, 6), model.start(), model.start()
+        model(prompt, past_key_values=other)
 
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            model.generate(prompt, **how, streamer=streamer, past_key_values=state)
+        assert streamer.heard == want[: len(streamer.heard)]
+        assert 65 <= len(streamer.heard) < 90
+        with pytest.raises(FailedPrecondition, match="failed half way"):
+            model(torch.tensor([[5]]), past_key_values=state)
 
-def test_a_service_that_restarts_has_forgotten_the_sessions(base: PreTrainedModel, tmp_path: Path) -> None:
-    """The same port answers again, but a text cannot go on without what it said before."""
-    service = Service(tmp_path)
-    target = service.target()
-    restarted: Service | None = None
-    try:
-        with Memory.open(target, spec=spec_of(base, FOT), timeout_s=30) as memory:
-            with FotModel(base, FOT, memory) as model, model.start() as state:
-                model(text(60), past_key_values=state)
-                service.kill()
-                restarted = Service(tmp_path, port=int(target.rsplit(":", 1)[1]))
-                restarted.target()
-                with pytest.raises((SessionExpired, Unavailable)):
-                    model(torch.tensor([[5]]), past_key_values=state)
-                assert model(text(60)).logits.shape == (1, 60, VOCABULARY)  # A new text can.
-    finally:
-        service.kill()
-        if restarted is not None:
-            restarted.kill()
+        again = Service(tmp_path, port=int(target.rsplit(":", 1)[1]))
+        closing.callback(again.kill)
+        again.target()
+        with pytest.raises(SessionExpired):
+            model(torch.tensor([[5]]), past_key_values=other)
+        assert model.generate(prompt, **how)[0].tolist() == want
+        state.close()
+        other.close()
 
 
 def test_a_memory_that_is_gone_is_said_to_be_gone(base: PreTrainedModel) -> None:
