@@ -249,7 +249,7 @@ class _Generation:
         return [int(token) for token in whole[0, len(self.prompt) :]]
 
 
-class _Stopped(StoppingCriteria):
+class _Stopped(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation when asked from elsewhere."""
 
     def __init__(self, stop: threading.Event):
@@ -259,7 +259,7 @@ class _Stopped(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self._stop.is_set(), device=input_ids.device)
 
 
-class _Streamer(BaseStreamer):
+class _Streamer(BaseStreamer):  # type: ignore[misc]
     """Turns tokens into text as they come: whole characters only, and every one once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):

@@ -88,9 +88,16 @@ def trailing_rotated(
     if sharpness is not None:
         by_row = sharpness[:, None] if sharpness.dim() == 2 else sharpness  # [B, 1, n] or [n]
         query = (query * by_row[..., None]).to(query.dtype)
+    far_slots = max(0, slots - config.window)
+    # The query at slot s sees far slots up to s - w: among the first S - w slots, that is where it stands.
+    blind = max(0, count - far_slots)  # Queries that see none.
+    far_positions = self_extend.far_queries(positions[..., blind:], config)
+    # Both rotations at once: for one query, calls cost more than numbers.
+    angles = rope.angles(torch.cat((positions, far_positions), -1), query.dtype)
+    turned = rotate(torch.cat((query, query[:, :, blind:]), 2), angles)
     gone = slots - near_keys.shape[2]
     near = local.trailing(
-        rotate(query, rope.angles(positions, query.dtype)),
+        turned[:, :, :count],
         near_keys,
         value[:, :, gone:],
         scale,
@@ -98,14 +105,10 @@ def trailing_rotated(
         softcap=softcap,
         sliding=config.window,
     )
-    far_slots = slots - config.window
-    if far_slots <= 0:
+    if not far_slots:
         return near
-    # The query at slot s sees slots up to s - w: among the first S - w slots it stands at s - w.
-    blind = max(0, count - far_slots)
-    places = self_extend.far_queries(positions[..., blind:], config)
     far = local.trailing(
-        rotate(query[:, :, blind:], rope.angles(places, query.dtype)),
+        turned[:, :, count:],
         far_keys[:, :, :far_slots],
         value[:, :, :far_slots],
         scale,

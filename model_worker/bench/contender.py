@@ -89,8 +89,8 @@ class Fot:
         """Recall and captured mass over the queries of these tokens [1, T], read one by one as decoding does."""
         heard: list[Read] = []
         with self._model.start(replace(mode.recall, measure=True, on_read=heard.append)) as state:
-            for token in input_ids.split(1, dim=1):
-                self._model(token, past_key_values=state, logits_to_keep=1)
+            for token in input_ids.unbind(1):
+                self._model(token[None], past_key_values=state, logits_to_keep=1)
         found = [read.attended.measured for read in heard if read.attended.measured is not None]
         recalls, masses = zip(*((one.recall, one.captured_mass) for one in found), strict=True)
         return Quality(statistics.fmean(recalls), statistics.fmean(masses))

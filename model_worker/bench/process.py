@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from memory_service.bench.harness import single_threaded
 from memory_service.errors import FotError, InvalidArgument
-from memory_service.index import set_threads as set_faiss_threads
 from model_worker.bench.contender import Contender, Fot, make
 from model_worker.bench.geometry import Geometry
 from model_worker.bench.subject import Measured, Mode, Setup
@@ -32,6 +33,7 @@ class Bench:
         self._setup = Setup("", Geometry())
         self._contender: Contender | None = None
         self._confined = confined
+        self._alone = ExitStack()
         self._commands: dict[str, Callable[[dict[str, Any]], Any]] = {
             "setup": self.setup,
             "prefill": self.prefill,
@@ -60,7 +62,7 @@ class Bench:
         self._contender = make(self._setup)
         if self._confined:
             # Only now: planting and indexing may use the whole machine.
-            _confine(self._setup.threads)
+            self._alone.enter_context(_confined(self._setup.threads))
 
     def prefill(self, facts: dict[str, Any]) -> dict[str, Any]:
         ids = self._setup.geometry.tokens(facts["tokens"])
@@ -71,8 +73,8 @@ class Bench:
 
     def decode(self, facts: dict[str, Any]) -> dict[str, Any]:
         mode = Mode(**facts["mode"])
-        tokens = self._setup.geometry.tokens(facts["tokens"]).split(1, dim=1)
-        return asdict(_measure(lambda token: self._ready.decode(token, mode), tokens))
+        tokens = self._setup.geometry.tokens(facts["tokens"]).unbind(1)
+        return asdict(_measure(lambda token: self._ready.decode(token[None], mode), tokens))
 
     def quality(self, facts: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(self._ready, Fot):
@@ -89,6 +91,7 @@ class Bench:
         """Let go of the contender."""
         if self._contender is not None:
             self._contender.close()
+        self._alone.close()
 
 
 def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Measured:
@@ -106,11 +109,13 @@ def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Meas
     return Measured(seconds, round(cpu, 4), _mb(before), _mb(max(_peak(), before)), logits.tolist())
 
 
-def _confine(threads: int) -> None:
+@contextmanager
+def _confined(threads: int) -> Iterator[None]:
     """So many threads on so many cores: the work of a helper thread on another core would not be seen otherwise."""
-    torch.set_num_threads(threads)
-    set_faiss_threads(threads)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    with single_threaded() if threads == 1 else nullcontext():
+        torch.set_num_threads(threads)
+        yield
 
 
 def _forget_peak() -> None:

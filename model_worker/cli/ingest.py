@@ -37,7 +37,7 @@ from model_worker.cli.options import (
     metadata_of,
 )
 from model_worker.cli.progress import Progress
-from model_worker.corpus import BadBytes, Choice, Columns, Format, Notes, corpus_bytes, read, root_of
+from model_worker.corpus import BadBytes, Choice, Columns, Format, Notes, corpus_bytes, places, read
 
 if TYPE_CHECKING:
     from model_worker.ingest import IngestReport
@@ -161,15 +161,15 @@ def ingest(
 
 def _belongs(paths: Sequence[Path], prefix: str, extra: Mapping[str, Scalar]) -> Callable[[DocumentInfo], bool]:
     """Whether a stored document came from these paths, under the same prefix and with the same metadata."""
-    wanted = dict(extra)
-    roots = {str(wanted.pop("root"))} if "root" in wanted else {root_of(path) for path in paths}
+    root, named = places(paths)
+    wanted = {"root": root, **extra}
 
     def belongs(document: DocumentInfo) -> bool:
         told = document.metadata
         return (
             document.id.startswith(prefix)
-            and told.get("root") in roots
             and all(told.get(key) == value for key, value in wanted.items())
+            and any(place.holds(str(told.get("path"))) for place in named)
         )
 
     return belongs

@@ -1,6 +1,6 @@
 """Documents from text, Markdown, source code, JSONL, Parquet and saved datasets."""
 
-from model_worker.corpus.files import Choice, Format, root_of
+from model_worker.corpus.files import Choice, Format, places
 from model_worker.corpus.reader import corpus_bytes, read
 from model_worker.corpus.rows import Columns
 from model_worker.corpus.source import LeftOut, Note, Notes, NoteTaker, Source
@@ -18,8 +18,8 @@ __all__ = [
     "Notes",
     "Source",
     "corpus_bytes",
+    "places",
     "read",
-    "root_of",
     "token_ids",
     "tokenizer_digest",
 ]

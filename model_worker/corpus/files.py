@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from memory_service.errors import InvalidArgument, NotFound
 from model_worker.corpus.source import Note, NoteTaker, readable
@@ -39,8 +40,8 @@ class Found:
     """A file, or a dataset's directory."""
 
     path: Path
-    name: str  # Relative to what the caller named, with "/"; the document's id, or the start of its rows' ids.
-    root: str  # The name of what the caller named.
+    name: str  # Relative to the root, with "/"; the document's id, or the start of its rows' ids.
+    root: str  # The name of the directory that holds all that the caller named.
     format: Format
     size: int  # Bytes.
     asked: bool  # The caller chose the format; AUTO may turn a file down.
@@ -50,7 +51,7 @@ class Found:
 class Choice:
     """Which files are taken, and as what; of a directory those that match an `include`, if any, and no `exclude`.
 
-    A pattern without "/" is matched with the file's name, else with its path in the directory; "*" matches "/" too.
+    A pattern without "/" is matched with the file's name, else with its path from the root; "*" matches "/" too.
     """
 
     format: Format = Format.AUTO
@@ -62,32 +63,51 @@ class Choice:
         return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
 
 
-def find(paths: Sequence[Path], choice: Choice, note: NoteTaker) -> Iterator[Found]:
-    """Files of `paths` in the order of the paths, each directory sorted; hidden ones and links to directories left out.
+class Place(NamedTuple):
+    """A path the caller named, and its name from the root; the root's own is ""."""
 
-    Raises NotFound for a path that is not there, InvalidArgument if it cannot be read as `choice` asks.
+    path: Path
+    name: str
+
+    def holds(self, name: str) -> bool:
+        """Whether a file of this name is it or is inside."""
+        return not self.name or name == self.name or name.startswith(f"{self.name}/")
+
+
+def places(paths: Sequence[Path]) -> tuple[str, list[Place]]:
+    """The root's name, and where each path stands in it.
+
+    The root is the deepest directory that holds all paths; for one directory it is that directory. So a directory and
+    the list of all its files, as a shell makes it of a pattern, are the same corpus. Raises NotFound.
     """
     for path in paths:
         if not path.exists():
             glob = "; name the directory and give a pattern as include" if set("*?[") & set(str(path)) else ""
             raise NotFound(f"there is no file or directory {path}{glob}")
-    for path in paths:
-        root = root_of(path)
+    whole = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - links keep the names they were given
+    anchors = [path if path.is_dir() and not is_dataset(path) else path.parent for path in whole]
+    root = Path(os.path.commonpath(anchors)) if anchors else Path()
+    names = ["" if path == root else readable(path.relative_to(root).as_posix()) for path in whole]
+    return readable(root.name), [Place(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def find(paths: Sequence[Path], choice: Choice, note: NoteTaker) -> Iterator[Found]:
+    """Files of `paths` in the order of the paths, each directory sorted; hidden ones and links to directories left out.
+
+    Raises NotFound for a path that is not there, InvalidArgument if it cannot be read as `choice` asks.
+    """
+    root, named = places(paths)
+    for path, name in named:
         if not path.is_dir():
-            yield _found(path, readable(path.name), root, choice.format)
+            yield _found(path, name, root, choice.format)
         elif is_dataset(path):
             if choice.format not in (Format.AUTO, Format.DATASET):
                 raise InvalidArgument(f"{path} holds a dataset; read it as auto or dataset, not as {choice.format}")
-            yield Found(path, root, root, Format.DATASET, _bytes_in(path), asked=True)
+            yield Found(path, name, root, Format.DATASET, _bytes_in(path), asked=True)
         elif choice.format is Format.DATASET:
             raise InvalidArgument(f"{path} holds no dataset that save_to_disk wrote; name its directory")
         else:
-            yield from _inside(path, "", root, choice, note)
-
-
-def root_of(path: Path) -> str:
-    """What documents from this path have as their metadata `root`: its last name."""
-    return readable(path.resolve().name)
+            yield from _inside(path, name and f"{name}/", root, choice, note)
 
 
 def is_dataset(directory: Path) -> bool:

@@ -33,9 +33,9 @@ def read(
 ) -> Iterator[Source]:
     """Documents of files and directories, in a fixed order, no more of them in RAM than one batch of rows.
 
-    A file's document is called by its path in the directory that was named, a row's by its file, "#" and its number
-    from 0, or by the column `columns.id`; `prefix` comes before either. `metadata` is added to every document's own
-    and wins. What is left out, and why, is told to `note`.
+    A file's document is called by its path from the root, the deepest directory that holds all `paths`; a row's by its
+    file, "#" and its number from 0, or by the column `columns.id`; `prefix` comes before either. `metadata` is added to
+    every document's own and wins. What is left out, and why, is told to `note`.
     Raises NotFound for a path that is not there; InvalidArgument for content that is not as announced, and if two
     documents have the same id.
     """
@@ -55,7 +55,7 @@ def read(
             if source.id in seen:
                 raise InvalidArgument(
                     f"two documents are called {source.id!r}, the second is in {found.path}; read them one by one with "
-                    "different prefixes, or from a directory that holds both"
+                    "different prefixes"
                 )
             seen.add(source.id)
             yield source

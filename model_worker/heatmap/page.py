@@ -10,15 +10,24 @@ import numpy as np
 
 from model_worker.heatmap.colours import STOPS, UNKNOWN, grey, ink, percent, shade
 from model_worker.heatmap.grid import HeatMap, Row
-from model_worker.heatmap.words import NOTHING, facts, passages_title, readers, shares, tokens_title
+from model_worker.heatmap.words import (
+    NOTHING,
+    facts,
+    passages_title,
+    printable,
+    readers,
+    shares,
+    shortened,
+    tokens_title,
+)
 from model_worker.recall.tally import Floats
 
 _MOST_COLUMNS = 240
-_MOST_PROMPT = 2000  # Letters in the heading.
+_MOST_PROMPT = 240  # Letters in the heading.
 _STYLE = f"""
 :root {{ font: 15px/1.45 system-ui, sans-serif; color: #22242a; background: #fff; color-scheme: light; }}
 body {{ max-width: 78rem; margin: 2rem auto; padding: 0 1.5rem; }}
-h1 {{ font-size: 1.35rem; margin: 0 0 .4rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
+h1 {{ font-size: 1.35rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.05rem; margin: 2rem 0 .1rem; }}
 p, .note {{ margin: .15rem 0; color: #5c6270; font-size: .87rem; }}
 .split {{ display: flex; height: 1.3rem; margin: .8rem 0 .4rem; }}
@@ -53,9 +62,8 @@ def save_page(heat: HeatMap, path: Path) -> None:
 
 def page(heat: HeatMap) -> str:
     """The whole page."""
-    prompt = heat.prompt if len(heat.prompt) <= _MOST_PROMPT else f"{heat.prompt[:_MOST_PROMPT]} …"
     body = [
-        f"<h1>“{escape(prompt)}”</h1>",
+        f"<h1>“{escape(shortened(heat.prompt, _MOST_PROMPT))}”</h1>",
         f"<p>{escape(' · '.join(facts(heat)))}</p>",
         f"<p>Share of attention, {escape(readers(heat))}</p>",
         *_split(heat),
@@ -125,10 +133,9 @@ def _words(row: Row, most: float) -> str:
     quotes = []
     for one in row.passages:
         told = f"tokens {one.first_token:,} to {one.first_token + one.tokens - 1:,}, {percent(one.mass)}"
-        text = "no text stored" if one.text is None else one.text
-        quotes.append(
-            f'<blockquote style="border-color:{shade(one.mass, most)}"><small>{told}</small>{escape(text)}</blockquote>'
-        )
+        text = escape("no text stored" if one.text is None else printable(one.text))
+        edge = shade(one.mass, most)
+        quotes.append(f'<blockquote style="border-color:{edge}"><small>{told}</small>{text}</blockquote>')
     return f"<details><summary>best passages</summary>{''.join(quotes)}</details>"
 
 
@@ -159,10 +166,10 @@ def _text(heat: HeatMap, tables: list[Floats]) -> Iterator[str]:
         if not np.isnan(mass):
             best = sorted(range(len(tables)), key=lambda row: -tables[row][number])[:3]
             told = ", ".join(f"{percent(float(tables[row][number]))} {heat.rows[row].name}" for row in best)
-            style = f"background:{shade(mass, most)};color:{ink(mass, most)}"
+            style = f"background:{shade(mass, 4 * most)}"  # Light, to be read.
             told = f"token {token:,}: {percent(mass)} from memory; {told}"
         mark = ' class="answer"' if begins else ""
-        yield f'<span{mark} style="{style}" title="{escape(told)}">{escape(heat.token_texts[token])}</span>'
+        yield f'<span{mark} style="{style}" title="{escape(told)}">{escape(printable(heat.token_texts[token]))}</span>'
 
 
 def _columns(heat: HeatMap, row: Row, table: Floats, together: int, most: float) -> Iterator[str]:
@@ -172,8 +179,8 @@ def _columns(heat: HeatMap, row: Row, table: Floats, together: int, most: float)
         mass = float(known.mean()) if len(known) else 0.0
         colour = grey(mass) if row.documents > 1 else shade(mass, most)
         start = heat.asked.start + first
-        text = "".join(heat.token_texts[start : start + len(values)])
-        told = f"token {start:,} {text!r}: {percent(mass) if len(known) else 'did not ask'}"
+        text = printable("".join(heat.token_texts[start : start + len(values)]))
+        told = f"token {start:,} “{text}”: {percent(mass) if len(known) else 'did not ask'}"
         mark = ' class="answer"' if start <= heat.prompt_tokens < start + len(values) else ""
         yield (
             f'<div{mark} style="flex:{len(values)};background:{colour if len(known) else UNKNOWN}" '

@@ -83,3 +83,8 @@ def shortened(text: str, most: int) -> str:
 def visible(token: str) -> str:
     """A token's text with its spaces to be seen."""
     return "".join(_VISIBLE.get(letter, letter) for letter in token) or "∅"
+
+
+def printable(text: str) -> str:
+    """The text without letters that no page may hold."""
+    return "".join(letter if letter >= " " or letter in "\n\t" else "▯" for letter in text)

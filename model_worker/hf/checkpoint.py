@@ -10,6 +10,8 @@ import torch
 from model_worker.errors import UnsupportedModel
 from model_worker.hf.longllama import fot_fields, fot_fields_of_config, is_longllama, llama_config, read_config
 
+from model_worker.positions.scaling import register_cream_yarn
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -35,6 +37,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+    register_cream_yarn()  # Checkpoints trained with it name it in their configuration.
     config = read_config(path, revision, token)
     chosen = {"dtype": dtype or "auto", "revision": revision or "main", "token": token}
     if is_longllama(config):

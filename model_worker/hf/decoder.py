@@ -116,9 +116,8 @@ class Decoder:
     @property
     def trained_length(self) -> int:
         """Tokens of the longest context the model was trained on, as far as its config tells."""
-        parameters = getattr(self.config, "rope_parameters", None) or {}
-        original = parameters.get("original_max_position_embeddings") if isinstance(parameters, dict) else None
-        return int(original or self.config.max_position_embeddings)
+        # Not `original_max_position_embeddings`: with a scaled RoPE the model was taken further than that.
+        return int(self.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:

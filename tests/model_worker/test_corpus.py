@@ -131,13 +131,22 @@ def test_a_path_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path: Pat
         list(read([tmp_path / "*.py"]))
 
 
-def test_two_documents_of_one_name_are_an_error(tmp_path: Path) -> None:
+def test_documents_are_called_from_the_directory_that_holds_all_paths(tmp_path: Path) -> None:
     for directory in ("a", "b"):
         (tmp_path / directory).mkdir()
         (tmp_path / directory / "same.txt").write_text(directory)
-    with pytest.raises(InvalidArgument, match=r"two documents are called 'same.txt', the second is in .*/b/same.txt"):
-        list(read([tmp_path / "a", tmp_path / "b"]))
-    assert ids(read([tmp_path])) == ["a/same.txt", "b/same.txt"]
+    expected = ["a/same.txt", "b/same.txt"]
+    assert ids(read([tmp_path])) == expected
+    assert ids(read([tmp_path / "a", tmp_path / "b"])) == expected
+    assert ids(read(sorted(tmp_path.glob("*/*.txt")))) == expected
+    assert {source.metadata["root"] for source in read(sorted(tmp_path.glob("*/*.txt")))} == {tmp_path.name}
+    assert ids(read([tmp_path / "a"])) == ids(read([tmp_path / "b/../a/same.txt"])) == ["same.txt"]
+
+
+def test_two_documents_of_one_name_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(InvalidArgument, match=r"two documents are called 'file.txt', the second is in .*/file.txt"):
+        list(read([tmp_path, tmp_path / "file.txt"]))
 
 
 def test_links_are_followed_to_files_but_not_in_circles(tmp_path: Path) -> None:
@@ -209,7 +218,7 @@ def test_lines_of_json_are_documents_with_their_plain_fields_as_metadata(tmp_pat
     first, second = read([file])
     assert (first.id, first.text) == ("rows.jsonl#0", "one")
     assert first.metadata == {
-        "path": "rows.jsonl", "root": "rows.jsonl", "format": "jsonl", "row": 0, "year": 2020, "score": 0.5,
+        "path": "rows.jsonl", "root": tmp_path.name, "format": "jsonl", "row": 0, "year": 2020, "score": 0.5,
         "good": True,
     }  # fmt: skip
     assert second.metadata["path"] == "of the row"
@@ -314,7 +323,7 @@ def test_a_saved_dataset_is_read_row_by_row(tmp_path: Path) -> None:
     saved.save_to_disk(tmp_path / "saved")
     found = list(read([tmp_path / "saved"]))
     assert [(source.id, source.token_ids) for source in found] == [("saved#0", (5, 6)), ("saved#1", (7,))]
-    assert found[1].metadata == {"path": "saved", "root": "saved", "format": "dataset", "row": 1, "label": 1}
+    assert found[1].metadata == {"path": "saved", "root": tmp_path.name, "format": "dataset", "row": 1, "label": 1}
     assert ids(read([tmp_path])) == ["saved#0", "saved#1"]
 
 

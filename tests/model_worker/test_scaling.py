@@ -92,22 +92,22 @@ def test_the_pretrained_length_given_is_believed_over_one_the_config_had(kind: S
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies(kind, 8, theta, 4, 64).inv_freq)
 
 
-def test_a_checkpoint_keeps_its_scaling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("transformers").propagate = True
-    try:
-        for kind in Scaling:
-            tiny_model("llama", max_position_embeddings=64).save_pretrained(tmp_path / "plain")
-            config = scaled_config(tiny_config("llama", max_position_embeddings=64), kind, 4)
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", config=config)
-            model.save_pretrained(tmp_path / kind)
-            again = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
-            assert again.config.rope_parameters == model.config.rope_parameters
-            ids = torch.arange(4, 204)[None]
-            with torch.no_grad():
-                assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-        assert "validation function" not in caplog.text
-    finally:
-        logging.getLogger("transformers").propagate = False
+def test_a_checkpoint_keeps_its_scaling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    plain = tiny_config("llama", max_position_embeddings=64)
+    tiny_model("llama", max_position_embeddings=64).save_pretrained(tmp_path / "plain")
+    ids = torch.arange(4, 204)[None]
+    for kind in Scaling:
+        config = scaled_config(plain, kind, 4)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", config=config)
+        model.save_pretrained(tmp_path / kind)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        assert again.config.rope_parameters == model.config.rope_parameters
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert "validation function" not in caplog.text
 
 
 def test_cream_yarn_is_registered_when_asked_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,16 @@ def test_pruning_under_a_prefix_leaves_the_rest(fot: Fot, model: Path, corpus: P
     assert documents(tmp_path / "memory") == ["a/one.py", "one.py", "two.md"]
 
 
+def test_pruning_a_file_leaves_its_neighbours(fot: Fot, model: Path, corpus: Path, tmp_path: Path) -> None:
+    (corpus / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    arguments = ("--model", model, "--memory", tmp_path / "memory", "--json", "--prune")
+    fot("ingest", corpus, *arguments)
+    (corpus / "rows.jsonl").write_text('{"text": "a"}\n')
+    (corpus / "two.md").unlink()
+    assert json.loads(fot("ingest", corpus / "rows.jsonl", *arguments).out)["removed"] == 1
+    assert documents(tmp_path / "memory") == ["one.py", "rows.jsonl#0", "two.md"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
