@@ -90,9 +90,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, template: str 
         if QUESTION not in template:
             raise InvalidArgument(f"the template needs {QUESTION} where the question goes, got {template!r}")
         return token_ids(tokenizer, template.replace(QUESTION, question))
+    return chat_ids(tokenizer, question) if tokenizer.chat_template else token_ids(tokenizer, question)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """The token ids of a user's message in the tokenizer's chat template. Raises InvalidArgument if it has none."""
     if not tokenizer.chat_template:
-        return token_ids(tokenizer, question)
-    chat = [{"role": "user", "content": question}]
+        raise InvalidArgument("this model's tokenizer has no chat template: give the text as the model should see it")
+    chat = [{"role": "user", "content": message}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     # The template writes what begins a text itself.
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

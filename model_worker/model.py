@@ -442,8 +442,8 @@ def _check(decoder: Decoder, fot: FotConfig, memory: Memory | None) -> None:
         raise InvalidArgument("memory layers need a memory: give memory=':memory:', a folder or grpc://host:port")
     if memory is not None and fot.mem_layers and memory.spec.layers != fot.mem_layers:
         raise InvalidArgument(
-            f"the memory keeps layers {list(memory.spec.layers)}, the model was given mem_layers={list(fot.mem_layers)}; "
-            "they must be the same"
+            f"the memory keeps layers {list(memory.spec.layers)}, the model was given mem_layers="
+            f"{list(fot.mem_layers)}; they must be the same"
         )
     if fot.mem_layers and decoder.softcap is not None:
         raise UnsupportedModel(
@@ -453,8 +453,8 @@ def _check(decoder: Decoder, fot: FotConfig, memory: Memory | None) -> None:
         width = decoder.sliding(layer)
         if width is not None and width < max(fot.window, fot.last_context_length):
             raise InvalidArgument(
-                f"layer {layer} sees only {width} tokens back, less than the window of {fot.window}: tokens would be in "
-                "neither window nor memory. Choose a smaller window or a layer that sees everything"
+                f"layer {layer} sees only {width} tokens back, less than the window of {fot.window}: tokens would be "
+                "in neither window nor memory. Choose a smaller window or a layer that sees everything"
             )
     if fot.self_extend is not None:
         _check_self_extend(decoder, fot, fot.self_extend)

@@ -23,9 +23,18 @@ Answer = TypeVar("Answer")
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the worker's commands to `fot` and its measurements to `fot bench`."""
-    from model_worker.cli import ingest
+    from model_worker.cli.ask import ask
+    from model_worker.cli.attention import attention
+    from model_worker.cli.bench import decode, prefill
+    from model_worker.cli.generate import generate
+    from model_worker.cli.ingest import ingest
 
-    app.command("ingest")(needs_worker(ingest.ingest))
+    app.command("ingest")(needs_worker(ingest))
+    app.command("ask")(needs_worker(ask))
+    app.command("generate")(needs_worker(generate))
+    app.command("attention")(needs_worker(attention))
+    bench.command("prefill")(needs_worker(prefill))
+    bench.command("decode")(needs_worker(decode))
 
 
 def needs_worker(command: Callable[P, Answer]) -> Callable[P, Answer]:

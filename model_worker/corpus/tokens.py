@@ -43,10 +43,10 @@ def token_ids(source: Source, tokenizer: PreTrainedTokenizerBase | None, special
         truncation=False,
         verbose=False,
     )
-    ids = found["input_ids"]
-    if not ids and special_tokens:
-        ids = [one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None][:1]
-    return torch.tensor(ids, dtype=torch.int64)
+    whole = found["input_ids"]
+    if not whole and special_tokens:
+        whole = [one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None][:1]
+    return torch.tensor(whole, dtype=torch.int64)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -63,18 +63,18 @@ def save_page(heat: HeatMap, path: Path) -> None:
 def page(heat: HeatMap) -> str:
     """The whole page."""
     body = [
-        f"<h1>“{escape(shortened(heat.prompt, _MOST_PROMPT))}”</h1>",
-        f"<p>{escape(' · '.join(facts(heat)))}</p>",
-        f"<p>Share of attention, {escape(readers(heat))}</p>",
+        f"<h1>“{_escape(shortened(heat.prompt, _MOST_PROMPT))}”</h1>",
+        f"<p>{_escape(' · '.join(facts(heat)))}</p>",
+        f"<p>Share of attention, {_escape(readers(heat))}</p>",
         *_split(heat),
-        *(_passages(heat) if heat.rows else [f"<p>{escape(NOTHING)}</p>"]),
+        *(_passages(heat) if heat.rows else [f"<p>{_escape(NOTHING)}</p>"]),
         *(_tokens(heat) if heat.rows else []),
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         # Documents may hold anything: even if some of it came through as markup, nothing of it would run or load.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Attention of {escape(heat.model)}</title><style>{_STYLE}</style>"
+        f"<title>Attention of {_escape(heat.model)}</title><style>{_STYLE}</style>"
     )
     lines = "\n".join(body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{lines}\n</body></html>\n'
@@ -83,11 +83,11 @@ def page(heat: HeatMap) -> str:
 def _split(heat: HeatMap) -> Iterator[str]:
     yield '<div class="split">'
     for name, mass, colour in shares(heat):
-        told = escape(f"{percent(mass)} {name}")
+        told = _escape(f"{percent(mass)} {name}")
         yield f'<div style="width:{100 * mass:.3f}%;background:{colour}" title="{told}"></div>'
     yield '</div><div class="key">'
     for name, mass, colour in shares(heat):
-        yield f'<span><i style="background:{colour}"></i>{escape(f"{percent(mass)} {name}")}</span>'
+        yield f'<span><i style="background:{colour}"></i>{_escape(f"{percent(mass)} {name}")}</span>'
     yield "</div>"
 
 
@@ -98,13 +98,13 @@ def _scale(most: float) -> str:
 def _passages(heat: HeatMap) -> Iterator[str]:
     most, most_of_a_row = heat.most_of_a_cell, heat.most_of_a_row
     scale = f" &nbsp; {_scale(most)}" if most else ""
-    yield f'<h2>Passages</h2><div class="note">{escape(passages_title(heat))}{scale}</div>'
+    yield f'<h2>Passages</h2><div class="note">{_escape(passages_title(heat))}{scale}</div>'
     layers = [f"<th>layer {layer}</th>" for layer in heat.layers] if len(heat.layers) > 1 else []
     yield f'<table><tr><th class="name"></th><th></th><th></th><th>whole</th>{"".join(layers)}</tr>'
     for row in heat.rows:
         masses = [row.mass, *(map(float, row.by_layer) if layers else ())]
         yield (
-            f'<tr><th class="name">{escape(row.name)}</th>'
+            f'<tr><th class="name">{_escape(row.name)}</th>'
             f'<td class="number">{f"{row.tokens:,}" if row.tokens else ""}</td>'
             f'<td><div class="strip">{_strip(row, most)}</div></td>'
             f"{''.join(_mass(row, mass, most_of_a_row) for mass in masses)}</tr>"
@@ -133,7 +133,7 @@ def _words(row: Row, most: float) -> str:
     quotes = []
     for one in row.passages:
         told = f"tokens {one.first_token:,} to {one.first_token + one.tokens - 1:,}, {percent(one.mass)}"
-        text = escape("no text stored" if one.text is None else printable(one.text))
+        text = _escape("no text stored" if one.text is None else one.text)
         edge = shade(one.mass, most)
         quotes.append(f'<blockquote style="border-color:{edge}"><small>{told}</small>{text}</blockquote>')
     return f"<details><summary>best passages</summary>{''.join(quotes)}</details>"
@@ -145,13 +145,13 @@ def _tokens(heat: HeatMap) -> Iterator[str]:
     tables = [row.by_token[asked] for row in heat.rows]
     single = [table for table, row in zip(tables, heat.rows, strict=True) if row.documents < 2]
     most = float(np.nanmax(single)) if single else 0.0
-    yield f'<h2>Tokens of the text</h2><div class="note">{escape(tokens_title(heat, 1))} &nbsp; {_scale(most)}</div>'
+    yield f'<h2>Tokens of the text</h2><div class="note">{_escape(tokens_title(heat, 1))} &nbsp; {_scale(most)}</div>'
     yield "<p>The text, by how much of it came from memory; point at a token for its documents.</p>"
     yield f'<div class="text">{"".join(_text(heat, tables))}</div>'
     yield "<table>"
     for row, table in zip(heat.rows, tables, strict=True):
         cells = "".join(_columns(heat, row, table, together, most))
-        yield f'<tr><th class="name">{escape(row.name)}</th><td><div class="strip">{cells}</div></td></tr>'
+        yield f'<tr><th class="name">{_escape(row.name)}</th><td><div class="strip">{cells}</div></td></tr>'
     yield "</table>"
 
 
@@ -169,7 +169,7 @@ def _text(heat: HeatMap, tables: list[Floats]) -> Iterator[str]:
             style = f"background:{shade(mass, 4 * most)}"  # Light, to be read.
             told = f"token {token:,}: {percent(mass)} from memory; {told}"
         mark = ' class="answer"' if begins else ""
-        yield f'<span{mark} style="{style}" title="{escape(told)}">{escape(printable(heat.token_texts[token]))}</span>'
+        yield f'<span{mark} style="{style}" title="{_escape(told)}">{_escape(heat.token_texts[token])}</span>'
 
 
 def _columns(heat: HeatMap, row: Row, table: Floats, together: int, most: float) -> Iterator[str]:
@@ -179,10 +179,15 @@ def _columns(heat: HeatMap, row: Row, table: Floats, together: int, most: float)
         mass = float(known.mean()) if len(known) else 0.0
         colour = grey(mass) if row.documents > 1 else shade(mass, most)
         start = heat.asked.start + first
-        text = printable("".join(heat.token_texts[start : start + len(values)]))
+        text = "".join(heat.token_texts[start : start + len(values)])
         told = f"token {start:,} “{text}”: {percent(mass) if len(known) else 'did not ask'}"
         mark = ' class="answer"' if start <= heat.prompt_tokens < start + len(values) else ""
         yield (
             f'<div{mark} style="flex:{len(values)};background:{colour if len(known) else UNKNOWN}" '
-            f'title="{escape(told)}"></div>'
+            f'title="{_escape(told)}"></div>'
         )
+
+
+def _escape(text: str) -> str:
+    """Text that stands for itself in a page."""
+    return html.escape(printable(text))

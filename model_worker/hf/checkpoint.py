@@ -9,7 +9,6 @@ import torch
 
 from model_worker.errors import UnsupportedModel
 from model_worker.hf.longllama import fot_fields, fot_fields_of_config, is_longllama, llama_config, read_config
-
 from model_worker.positions.scaling import register_cream_yarn
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ WINDOW = "window"  # What is in the window: tokens that have not gone to memory 
 UNTOLD = "untold"  # In memory, but the answer does not say where.
 _WINDOW, _UNTOLD = 0, 1  # Their numbers; documents and sessions follow.
 _UNKNOWN = -1  # The passage of mass of which only the source is known.
+_ROUNDING = 1e-5  # Of float32 weights: less is not missing.
 _PENDING = 1 << 16  # Entries that wait before they are added up.
 
 
@@ -93,9 +94,9 @@ class Tally:
                 remembered, known, each = share.sum(0), np.bincount(told.token, told.mass, queries), 1
             else:
                 remembered, known, each = share.sum(keepdims=True)[0], told.mass.sum(keepdims=True), queries
-            # Rounding may tell a hair more than there was.
-            rest = [_apart(_WINDOW, each - remembered), _apart(_UNTOLD, np.maximum(remembered - known, 0))]
-            entries = _joined([told, *rest])
+            untold = remembered - known
+            untold[untold < each * _ROUNDING] = 0
+            entries = _joined([told, _apart(_WINDOW, each - remembered), _apart(_UNTOLD, untold)])
             if self.by_token:
                 entries = entries._replace(token=entries.token + read.first_token + skipped)
             account = self._accounts.setdefault((read.layer, read.row), _Account())

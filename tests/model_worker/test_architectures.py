@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from memory_service import DType, Memory
 from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig, SelfExtend
 from tests.model_worker.oracle import expected
-from tests.model_worker.tiny import ARCHITECTURES, FURTHER, VOCABULARY, tiny_model
+from tests.model_worker.texts import padded, text
+from tests.model_worker.tiny import ARCHITECTURES, FURTHER, tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {
@@ -55,10 +55,6 @@ def layers_for(variant: str) -> FotConfig:
     return replace(FOT, mem_layers={"gemma3": (1, 3), "qwen2 sliding": (0, 1)}.get(variant, FOT.mem_layers))
 
 
-def tokens(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(4, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
 @contextmanager
 def attached(base: PreTrainedModel, fot: FotConfig) -> Iterator[FotModel]:
     """The model with an empty memory in process."""
@@ -70,15 +66,6 @@ def attached(base: PreTrainedModel, fot: FotConfig) -> Iterator[FotModel]:
         yield model
 
 
-def padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Texts of unequal lengths as a batch, padding on the left."""
-    longest = max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), longest), 2), torch.zeros(len(rows), longest, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :], mask[number, longest - len(row) :] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 # --- Without a memory -----------------------------------------------------------------------------------------------
 
 
@@ -86,7 +73,7 @@ def padded(rows: list[Tensor]) -> dict[str, Tensor]:
 def test_switched_off_or_given_back_a_model_is_what_it_was(variant: str) -> None:
     base, pristine = made(variant), made(variant)
     before = trace(base)
-    batch = padded([tokens(40), tokens(25, seed=2)])
+    batch = padded([text(40), text(25, seed=2)])
     logits = pristine(**batch).logits
     greedy = pristine.generate(**batch, max_new_tokens=5, do_sample=False)
 
@@ -96,11 +83,11 @@ def test_switched_off_or_given_back_a_model_is_what_it_was(variant: str) -> None
 
     fot = layers_for(variant) if variant in REMEMBERING else replace(FOT, mem_layers=())
     with attached(base, fot) as model:
-        attached_logits = model(tokens(1, 30)).logits
+        attached_logits = model(text(1, 30)).logits
         with model.off() as off:
             assert off is base
             check_untouched()
-        assert torch.equal(model(tokens(1, 30)).logits, attached_logits)
+        assert torch.equal(model(text(1, 30)).logits, attached_logits)
         assert model.detach() is base
         assert model.detach() is base
     assert trace(base) == before == trace(pristine)
@@ -129,7 +116,7 @@ def trace(base: PreTrainedModel) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_text_that_fits_the_window_is_the_models_own(variant: str) -> None:
-    base, ids = shared(variant), tokens(2, 45)
+    base, ids = shared(variant), text(2, 45)
     want = base(ids).logits
     with attached(base, FotConfig(window=64, last_context_length=64)) as model, model.start() as state:
         torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=0)
@@ -139,7 +126,7 @@ def test_a_text_that_fits_the_window_is_the_models_own(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_padded_batch_that_fits_is_the_models_own(variant: str) -> None:
-    base, rows = shared(variant), [tokens(45), tokens(20, seed=2), tokens(1, seed=3)]
+    base, rows = shared(variant), [text(45), text(20, seed=2), text(1, seed=3)]
     greedily: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     alone = [(base(row[None]).logits[0], base.generate(row[None], **greedily)[0, len(row) :]) for row in rows]
     with attached(base, FotConfig(window=64, last_context_length=64)) as model:
@@ -155,7 +142,7 @@ def test_a_padded_batch_that_fits_is_the_models_own(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", REMEMBERING)
 def test_a_long_text_attends_to_its_own_earlier_windows(variant: str) -> None:
-    base, fot, ids = shared(variant), layers_for(variant), tokens(90)
+    base, fot, ids = shared(variant), layers_for(variant), text(90)
     want, remembered = expected(base, ids, fot)
     with attached(base, fot) as model, model.start() as state:
         have = model(ids[None], past_key_values=state).logits[0]
@@ -168,7 +155,7 @@ def test_a_long_text_attends_to_its_own_earlier_windows(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", REMEMBERING)
 def test_one_memory_layer_is_enough(variant: str) -> None:
-    base, ids = shared(variant), tokens(70)
+    base, ids = shared(variant), text(70)
     fot = replace(layers_for(variant), mem_layers=layers_for(variant).mem_layers[:1])
     with attached(base, fot) as model:
         have = model(ids[None]).logits[0]
@@ -181,7 +168,7 @@ def test_one_memory_layer_is_enough(variant: str) -> None:
 @pytest.mark.parametrize("variant", REMEMBERING)
 def test_a_row_of_a_batch_is_the_row_alone(variant: str) -> None:
     base, fot = shared(variant), layers_for(variant)
-    rows = [tokens(61), tokens(90, seed=2), tokens(9, seed=3)]
+    rows = [text(61), text(90, seed=2), text(9, seed=3)]
     with attached(base, fot) as model:
         out = model(**padded(rows)).logits
     for number, row in enumerate(rows):
@@ -191,7 +178,7 @@ def test_a_row_of_a_batch_is_the_row_alone(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", REMEMBERING)
 def test_memory_layers_that_do_not_rotate_agree_in_any_cut(variant: str) -> None:
-    base, ids = shared(variant), tokens(2, 50)
+    base, ids = shared(variant), text(2, 50)
     rotated = base(ids).logits
     fot = replace(layers_for(variant), mem_positionals=False, window=64, last_context_length=64)
     with attached(base, fot) as model, model.start() as state:
@@ -206,7 +193,7 @@ def test_self_extend_and_a_memory_work_together(variant: str) -> None:
     """Far keys share positions, memory keys stand at the window's first token, in one call or token by token."""
     base = shared(variant)
     fot = replace(layers_for(variant), window=40, last_context_length=40, self_extend=SelfExtend(4, 8))
-    document, question = tokens(1, 30), tokens(1, 36, seed=2)
+    document, question = text(1, 30), text(1, 36, seed=2)
     with attached(base, fot) as model:
         answers = []
         for cuts in ([36], [20, 1, 15]):
@@ -217,3 +204,14 @@ def test_self_extend_and_a_memory_work_together(variant: str) -> None:
         alone = model(question).logits
     torch.testing.assert_close(*answers, atol=1e-4, rtol=0)
     assert (answers[0] - alone).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_stays_in_it(dtype: torch.dtype) -> None:
+    base = made("qwen3")
+    want, _ = expected(base, text(60), FOT)
+    fot = replace(FOT, mem_dtype=DType.BF16 if dtype == torch.bfloat16 else DType.F16)
+    with attached(base.to(dtype), fot) as model, model.start() as state:
+        have = model(text(60)[None], past_key_values=state).logits[0]
+        assert have.dtype == state.local(1)[0].dtype == state.memory(1)[0].dtype == dtype
+        assert (have.float() - want).norm() / want.norm() < 0.03

@@ -19,7 +19,8 @@ from model_worker.bench.reference import Reference
 from model_worker.model import FotModel, spec_of
 from model_worker.settings import Cut, FotConfig, Overflow, SelfExtend
 from tests.model_worker.oracle import expected
-from tests.model_worker.tiny import VOCABULARY, tiny_model
+from tests.model_worker.texts import padded, text
+from tests.model_worker.tiny import tiny_model
 
 FOT = FotConfig(mem_layers=(1, 3), window=24, last_context_length=12, mem_dtype=DType.F32)
 LENGTHS = (7, 30, 55, 1)
@@ -34,19 +35,6 @@ def base() -> PreTrainedModel:
 def attached(base: PreTrainedModel, fot: FotConfig = FOT, target: str = ":memory:") -> Iterator[FotModel]:
     with Memory.open(target, spec=spec_of(base, fot)) as memory, FotModel(base, fot, memory) as model:
         yield model
-
-
-def text(length: int, seed: int = 1) -> Tensor:
-    return torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Texts of unequal lengths as a batch, padding on the left."""
-    longest = max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), longest), 2), torch.zeros(len(rows), longest, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :], mask[number, longest - len(row) :] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def continued(model: FotModel, rows: list[Tensor], tokens: int, **how: Any) -> tuple[Tensor, Tensor]:
@@ -69,7 +57,7 @@ def continued(model: FotModel, rows: list[Tensor], tokens: int, **how: Any) -> t
 def test_generation_of_a_row_does_not_depend_on_its_neighbours(
     base: PreTrainedModel, overflow: Overflow, positionals: bool
 ) -> None:
-    rows = [text(length, seed) for seed, length in enumerate(LENGTHS)]
+    rows = [text(length, seed=seed) for seed, length in enumerate(LENGTHS)]
     with attached(base, replace(FOT, overflow=overflow, mem_positionals=positionals)) as model:
         together, scores = continued(model, rows, 40)  # Each row overflows its window of 24 at least once.
         for number, row in enumerate(rows):
@@ -79,7 +67,7 @@ def test_generation_of_a_row_does_not_depend_on_its_neighbours(
 
 
 def test_self_extend_in_a_batch_does_not_depend_on_the_neighbours(base: PreTrainedModel) -> None:
-    rows = [text(length, seed) for seed, length in enumerate(LENGTHS)]
+    rows = [text(length, seed=seed) for seed, length in enumerate(LENGTHS)]
     fot = FotConfig(window=256, last_context_length=256, self_extend=SelfExtend(4, 8))
     with FotModel(base, fot) as model:
         together, scores = continued(model, rows, 30)
@@ -91,7 +79,12 @@ def test_self_extend_in_a_batch_does_not_depend_on_the_neighbours(base: PreTrain
 
 def test_rows_that_grow_unequally_between_calls_stay_themselves(base: PreTrainedModel) -> None:
     """Every call brings each row another number of tokens; one row gets more than fits its window."""
-    calls = [[text(5, 1), text(20, 2)], [text(14, 3), text(2, 4)], [text(40, 5), text(9, 6)], [text(1, 7), text(30, 8)]]
+    calls = [
+        [text(5, seed=1), text(20, seed=2)],
+        [text(14, seed=3), text(2, seed=4)],
+        [text(40, seed=5), text(9, seed=6)],
+        [text(1, seed=7), text(30, seed=8)],
+    ]
     with attached(base) as model:
         alone: list[list[Tensor]] = [[], []]
         for row in range(2):
@@ -109,7 +102,7 @@ def test_rows_that_grow_unequally_between_calls_stay_themselves(base: PreTrained
 
 def test_cut_by_the_padded_length_is_what_the_authors_do(base: PreTrainedModel) -> None:
     fot = replace(FOT, cut=Cut.BATCH, overflow=Overflow.FLUSH)
-    batch = padded([text(50), text(33, 2)])
+    batch = padded([text(50), text(33, seed=2)])
     want, _ = Reference(base, fot).forward(batch["input_ids"], batch["attention_mask"])
     tokens, _ = Reference(base, fot).generate(batch["input_ids"], 30, batch["attention_mask"])
     with attached(base, fot) as model:
@@ -138,7 +131,7 @@ def test_a_window_that_slides_keeps_its_newest_tokens(base: PreTrainedModel) -> 
 
 
 def test_windows_load_in_blocks_of_any_size(base: PreTrainedModel) -> None:
-    rows = [text(length, seed) for seed, length in enumerate((90, 61))]
+    rows = [text(length, seed=seed) for seed, length in enumerate((90, 61))]
     want = [expected(base, row, FOT)[0] for row in rows]
     for block_tokens in (1, 30, 48, 100, 8192):
         with attached(base, replace(FOT, block_tokens=block_tokens)) as model:
@@ -152,7 +145,7 @@ def test_left_context_is_seen_and_not_stored(base: PreTrainedModel, overlap: int
     fot, row = replace(FOT, overlap=overlap), text(70)
     want, remembered = expected(base, row, fot)
     with attached(base, fot) as model, model.start() as state:
-        have = model(**padded([row, text(40, 2)]), past_key_values=state).logits[0]
+        have = model(**padded([row, text(40, seed=2)]), past_key_values=state).logits[0]
         torch.testing.assert_close(have, want, atol=1e-4, rtol=0)
         assert state.memory_tokens(0) == 58
         torch.testing.assert_close(state.memory(1)[0], remembered[1][0], atol=1e-5, rtol=0)
@@ -164,7 +157,7 @@ def test_left_context_is_seen_and_not_stored(base: PreTrainedModel, overlap: int
 
 
 def test_the_last_logits_alone_are_those_of_all(base: PreTrainedModel) -> None:
-    batch = padded([text(70), text(20, 2)])
+    batch = padded([text(70), text(20, seed=2)])
     with attached(base) as model:
         everything = model(**batch).logits
         for keep in (1, 5, 12, 40):
@@ -174,7 +167,7 @@ def test_the_last_logits_alone_are_those_of_all(base: PreTrainedModel) -> None:
 
 
 def test_a_token_at_a_time_is_the_same_as_generate(base: PreTrainedModel) -> None:
-    rows = [text(30), text(9, 2)]
+    rows = [text(30), text(9, seed=2)]
     with attached(base) as model:
         tokens, scores = continued(model, rows, 30)
         with model.start() as state:
@@ -213,7 +206,7 @@ def test_beams_share_what_they_have_in_common(base: PreTrainedModel) -> None:
 
 
 def test_sampling_is_repeatable_and_several_sequences_go_their_own_ways(base: PreTrainedModel) -> None:
-    batch = padded([text(40), text(11, 2)])
+    batch = padded([text(40), text(11, seed=2)])
     with attached(base) as model:
 
         def sampled(seed: int, sequences: int = 2) -> Tensor:
@@ -253,7 +246,7 @@ def test_a_streamer_hears_every_token_as_it_comes(base: PreTrainedModel) -> None
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_conversation_goes_on_from_its_state(base: PreTrainedModel, whole: bool) -> None:
     """The next turn may be given alone or with everything said before; a state fed by hand tells what is right."""
-    first, second = text(30), text(17, 2)
+    first, second = text(30), text(17, seed=2)
     with attached(base) as model:
         with model.start() as state:
             reply = [model(first[None], past_key_values=state).logits[0, -1].argmax()]
@@ -279,8 +272,40 @@ def test_a_conversation_goes_on_from_its_state(base: PreTrainedModel, whole: boo
             assert more[0, len(turn) :].tolist() == [int(one) for one in want]
 
 
+def test_a_conversation_of_rows_that_grow_unequally_is_each_rows_own(base: PreTrainedModel) -> None:
+    """Whole conversations, of which one row has more to say than the other."""
+    before, after = [text(10), text(12, seed=2)], [text(6, seed=3), text(2, seed=4)]
+    whole = [torch.cat(both) for both in zip(before, after, strict=True)]
+    with attached(base) as model:
+
+        def turn(rows: list[int]) -> Tensor:
+            with model.start() as state:
+                model(**padded([before[row] for row in rows]), past_key_values=state)
+                out: Tensor = model.generate(
+                    **padded([whole[row] for row in rows]), past_key_values=state, max_new_tokens=8, do_sample=False,
+                    eos_token_id=None,
+                )  # fmt: skip
+                assert [len(seen) for seen in state.texts] == [len(whole[row]) + 7 for row in rows]
+            return out[:, -8:]
+
+        together = turn([0, 1])
+        assert torch.equal(together[0], turn([0])[0])
+        assert torch.equal(together[1], turn([1])[0])
+
+
+def test_a_prompt_without_a_mask_is_a_prompt_without_padding(base: PreTrainedModel) -> None:
+    """Transformers takes the padding token for padding wherever it stands in a prompt that comes without a mask."""
+    prompt = text(20)
+    prompt[:2] = base.config.pad_token_id
+    with attached(base) as model:
+        masked = model.generate(prompt[None], attention_mask=torch.ones(1, 20), max_new_tokens=5, do_sample=False)
+        assert torch.equal(model.generate(prompt[None], max_new_tokens=5, do_sample=False), masked)
+        prompt[[0, 7]] = prompt[[7, 0]]
+        assert model.generate(prompt[None], max_new_tokens=1, do_sample=False).shape == (1, 21)
+
+
 def test_generation_over_grpc_is_generation_in_process(base: PreTrainedModel, tmp_path: Any) -> None:
-    rows = [text(length, seed) for seed, length in enumerate(LENGTHS)]
+    rows = [text(length, seed=seed) for seed, length in enumerate(LENGTHS)]
     with attached(base) as model:
         want = continued(model, rows, 30)
     with served(tmp_path / "data") as target, attached(base, target=target) as model:

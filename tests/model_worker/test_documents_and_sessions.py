@@ -16,7 +16,8 @@ from memory_service import ALL_DOCUMENTS, Attended, Coverage, DType, Memory, Sco
 from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig, Read, Recall
 from tests.model_worker import oracle
-from tests.model_worker.tiny import VOCABULARY, tiny_model
+from tests.model_worker.texts import text
+from tests.model_worker.tiny import tiny_model
 
 LAYERS = (1, 3)
 FOT = FotConfig(mem_layers=LAYERS, window=24, last_context_length=12, mem_dtype=DType.F32)
@@ -28,10 +29,6 @@ LANGUAGES = {"a": "py", "b": "rs", "c": "py", "d": "md"}
 @pytest.fixture(scope="module")
 def base() -> PreTrainedModel:
     return tiny_model("llama").requires_grad_(False)
-
-
-def text(length: int, seed: int = 1) -> Tensor:
-    return torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 def document(name: str) -> tuple[Tensor, Tensor]:
@@ -99,6 +96,8 @@ def test_documents_of_the_model_itself_are_the_default(base: PreTrainedModel) ->
     with opened(base, recall=Recall(documents=("b",))) as model:
         close(model(text(30)[None]).logits[0], want)
         close(model(text(30)[None], recall=NONE).logits[0], without)
+        with model.start() as state:
+            close(model(text(30)[None], past_key_values=state, recall=NONE).logits[0], without)
 
 
 def test_a_document_that_is_not_there_is_said_to_be_missing(base: PreTrainedModel) -> None:
@@ -119,7 +118,7 @@ def test_what_a_generation_may_remember_is_said_with_it(base: PreTrainedModel) -
 
 
 def test_documents_are_seen_by_every_row_and_sessions_by_their_own(base: PreTrainedModel) -> None:
-    rows = [text(50), text(50, 2)]
+    rows = [text(50), text(50, seed=2)]
     with opened(base, "ab") as model:
         out = model(torch.stack(rows)).logits
     for number, row in enumerate(rows):
@@ -127,7 +126,7 @@ def test_documents_are_seen_by_every_row_and_sessions_by_their_own(base: PreTrai
 
 
 def test_what_a_state_was_told_before_is_remembered_with_it(base: PreTrainedModel) -> None:
-    said, question = text(40), text(9, 2)
+    said, question = text(40), text(9, seed=2)
     want, _ = oracle.expected(base, torch.cat([said, question]), replace(FOT, last_context_length=9), together("a"))
     without, _ = oracle.expected(base, question, FOT, together("a"))
     with opened(base, "a", replace(FOT, last_context_length=24)) as model:
@@ -212,7 +211,7 @@ def test_every_read_is_told_with_its_share_of_the_softmax(base: PreTrainedModel)
     heard: list[Read] = []
     recall = Recall(attribution=True, on_read=heard.append)
     with opened(base, "bd", recall=recall) as model, model.start() as state:
-        model(torch.stack([text(9), text(9, 2)]), past_key_values=state)
+        model(torch.stack([text(9), text(9, seed=2)]), past_key_values=state)
         assert [(read.layer, read.row, read.first_token) for read in heard] == [
             (1, 0, 0),
             (1, 1, 0),

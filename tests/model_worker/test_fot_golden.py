@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -199,3 +200,24 @@ def test_successive_calls_grow_and_overflow_the_window_as_the_authors_do(sidecar
             sizes.append([state.local_length, state.memory_tokens(0)])
         assert sizes == case.facts["cache_sizes_per_call"]
         case.check_state(state, "final", torch.zeros(len(case.calls[0]), dtype=torch.long))
+
+
+@pytest.mark.parametrize("sidecar", found("forward"))
+def test_a_folder_with_a_longllama_checkpoint_is_all_it_needs(sidecar: Path, tmp_path: Path) -> None:
+    facts = json.loads(sidecar.read_text())
+    tensors = load_file(sidecar.with_suffix(".safetensors"))
+    (tmp_path / "config.json").write_text(json.dumps(facts["config"]))
+    shutil.copy(sidecar.with_name(facts["weights"]), tmp_path / "model.safetensors")
+    mask = tensors.get("attention_mask", torch.ones_like(tensors["input_ids"]))
+
+    with FotModel.from_pretrained(tmp_path) as model:
+        have = model(tensors["input_ids"], attention_mask=mask).logits
+        assert model.fot == FotConfig(**fot_fields(facts["config"]))
+        model.detach().save_pretrained(tmp_path / "again")
+    with FotModel.from_pretrained(tmp_path / "again") as model:
+        assert model.fot == FotConfig(**fot_fields(facts["config"]))
+        again = model(tensors["input_ids"], attention_mask=mask).logits
+
+    real, atol = mask.bool(), facts["tolerance"]["logits_atol"]
+    torch.testing.assert_close(have[real], tensors["logits"][real], atol=atol, rtol=0)
+    assert torch.equal(again, have)

@@ -49,7 +49,8 @@ from memory_service.client import flows
 from model_worker.errors import InputTooLong, UnsupportedModel
 from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig, MemoryPosition, Recall, SelfExtend
-from tests.model_worker.tiny import VOCABULARY, save_tiny, tiny_config, tiny_model
+from tests.model_worker.texts import text
+from tests.model_worker.tiny import save_tiny, tiny_config, tiny_model
 
 FOT = FotConfig(mem_layers=(1, 3), window=24, last_context_length=12, mem_dtype=DType.F32)
 SMALL: dict[str, Any] = {
@@ -69,10 +70,6 @@ def base() -> PreTrainedModel:
 def attached(base: PreTrainedModel, target: str | Path = ":memory:", fot: FotConfig = FOT) -> Iterator[FotModel]:
     with Memory.open(target, spec=spec_of(base, fot)) as memory, FotModel(base, fot, memory) as model:
         yield model
-
-
-def text(length: int, seed: int = 1) -> Tensor:
-    return torch.randint(4, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def mask(ids: Tensor) -> Tensor:
@@ -180,12 +177,12 @@ def test_one_model_belongs_to_one_worker(base: PreTrainedModel) -> None:
     with attached(base) as model:
         with pytest.raises(FailedPrecondition, match="already belongs to another FotModel"):
             FotModel(base, FotConfig())
-        model(text(9))  # And the first still works.
+        model(text(1, 9))  # And the first still works.
         with pytest.raises(FailedPrecondition, match=r"detach\(\) it first"):
-            base(text(9))
-    base(text(9))
+            base(text(1, 9))
+    base(text(1, 9))
     with pytest.raises(FailedPrecondition, match="detached"):
-        model(text(9))
+        model(text(1, 9))
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -226,7 +223,7 @@ def test_a_memory_of_another_model_is_refused(base: PreTrainedModel, other: PreT
     with Memory.open(tmp_path) as memory:
         with pytest.raises(WrongModel, match="another memory"):
             FotModel(other, FOT, memory)
-        other(text(9))  # It was left alone.
+        other(text(1, 9))  # It was left alone.
         FotModel(base, FOT, memory).close()
     with pytest.raises(WrongModel):
         Memory.open(tmp_path, spec=spec_of(other, FOT))
@@ -237,7 +234,7 @@ def test_a_memory_of_other_layers_is_refused(base: PreTrainedModel) -> None:
         for layers in ((1,), (1, 2), (2, 3)):
             with pytest.raises(FotError, match=r"\[1, 3\]"):
                 FotModel(base, replace(FOT, mem_layers=layers), memory)
-    base(text(9))
+    base(text(1, 9))
 
 
 def test_a_memory_of_another_dtype_is_refused(tmp_path: Path) -> None:
@@ -254,7 +251,7 @@ def test_a_memory_of_another_dtype_is_refused(tmp_path: Path) -> None:
 def test_inputs_of_the_wrong_shape_are_refused(base: PreTrainedModel) -> None:
     right_padded = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     with_a_hole = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    ids = text(10).view(2, 5)
+    ids = text(1, 10).view(2, 5)
     with attached(base) as model, model.start() as state:
         for wrong, message in (
             ({"input_ids": ids[0]}, r"input_ids must be whole numbers \[batch, tokens ≥ 1\]"),
@@ -281,24 +278,24 @@ def test_an_input_error_does_not_break_a_state(base: PreTrainedModel) -> None:
     """What was refused before anything ran leaves the state as it was."""
     with attached(base) as model:
         with model.start() as state:
-            model(text(9), past_key_values=state)
+            model(text(1, 9), past_key_values=state)
             with pytest.raises(InvalidArgument):
-                model(text(9).float(), past_key_values=state)
-            have = model(text(5, 2), past_key_values=state).logits
+                model(text(1, 9).float(), past_key_values=state)
+            have = model(text(1, 5, seed=2), past_key_values=state).logits
         with model.start() as state:
-            model(text(9), past_key_values=state)
-            want = model(text(5, 2), past_key_values=state).logits
+            model(text(1, 9), past_key_values=state)
+            want = model(text(1, 5, seed=2), past_key_values=state).logits
     assert torch.equal(have, want)
 
 
 def test_a_closed_state_is_not_used_again(base: PreTrainedModel) -> None:
     with attached(base) as model:
         state = model.start()
-        model(text(30), past_key_values=state)
+        model(text(1, 30), past_key_values=state)
         state.close()
         state.close()
         with pytest.raises(FailedPrecondition, match=r"closed: start another with model.start\(\)"):
-            model(text(3), past_key_values=state)
+            model(text(1, 3), past_key_values=state)
 
 
 # --- Self-Extend ----------------------------------------------------------------------------------------------------
@@ -309,15 +306,15 @@ def test_more_than_self_extend_reaches_is_refused_before_anything_runs() -> None
     extend = SelfExtend(group=2, window=16)  # Reaches 2 · (64 - 16 + 8) = 112 tokens.
     fot = FotConfig(window=4096, last_context_length=4096, self_extend=extend)
     with FotModel(base, fot) as model:
-        model(text(112))
+        model(text(1, 112))
         with pytest.raises(InputTooLong, match=r"reaches 112 tokens; the input has 113"):
-            model(text(113))
+            model(text(1, 113))
         with model.start() as state, pytest.raises(InputTooLong, match="larger group"):
-            model(text(110), past_key_values=state)
+            model(text(1, 110), past_key_values=state)
             for token in range(5):
                 model(torch.tensor([[token]]), past_key_values=state)
         with pytest.raises(InputTooLong):
-            model.generate(text(105), attention_mask=mask(text(105)), max_new_tokens=20, do_sample=False,
+            model.generate(text(1, 105), attention_mask=mask(text(1, 105)), max_new_tokens=20, do_sample=False,
                            eos_token_id=None)  # fmt: skip
 
 
@@ -344,14 +341,14 @@ def test_a_service_that_is_not_there_is_said_to_be_unavailable(tmp_path: Path) -
 def test_a_session_that_expired_ends_the_text(base: PreTrainedModel) -> None:
     with attached(base) as model:
         state = model.start()
-        model(text(60), past_key_values=state)
+        model(text(1, 60), past_key_values=state)
         state.rows.rows[0].stretches[0].session.close()  # As its lease running out does.
         with pytest.raises(SessionExpired):
             model(torch.tensor([[5]]), past_key_values=state)
         with pytest.raises(FailedPrecondition, match="failed half way"):
             model(torch.tensor([[5]]), past_key_values=state)
         with pytest.raises(FailedPrecondition, match="failed half way"):
-            model.generate(text(3), attention_mask=mask(text(3)), past_key_values=state, max_new_tokens=2)
+            model.generate(text(1, 3), attention_mask=mask(text(1, 3)), past_key_values=state, max_new_tokens=2)
         state.close()
 
 
@@ -361,7 +358,7 @@ def test_a_lease_that_ran_out_ends_the_text(base: PreTrainedModel) -> None:
         FotModel(base, FOT, memory, lease_s=1.0) as model,
         model.start() as state,
     ):
-        model(text(60), past_key_values=state)
+        model(text(1, 60), past_key_values=state)
         time.sleep(1.5)
         with pytest.raises(SessionExpired):
             model(torch.tensor([[5]]), past_key_values=state)
@@ -370,9 +367,9 @@ def test_a_lease_that_ran_out_ends_the_text(base: PreTrainedModel) -> None:
 def test_an_answer_that_takes_too_long_ends_the_text(base: PreTrainedModel) -> None:
     with attached(base) as model, model.start(Recall(timeout_s=1e-9)) as state:
         with pytest.raises(DeadlineExceeded):
-            model(text(60), past_key_values=state)
+            model(text(1, 60), past_key_values=state)
         with pytest.raises(FailedPrecondition):
-            model(text(3), past_key_values=state)
+            model(text(1, 3), past_key_values=state)
 
 
 class Service:
@@ -424,13 +421,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "PATIENCE_S", 1.0)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_service_that_dies_ends_the_text_with_an_error(base: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_service_that_dies_ends_the_text_with_an_error(
+    base: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in the middle of a generation: what was streamed so far is right, and nothing follows it.
 
     The service that comes back on the same port knows nothing of the texts that were under way; new ones are well.
     """
-    prompt = text(60)
+    prompt = text(1, 60)
     how: dict[str, Any] = {
         "attention_mask": mask(prompt),
         "max_new_tokens": 30,
@@ -447,13 +445,21 @@ def test_a_service_that_dies_ends_the_text_with_an_error(base: PreTrainedModel, 
         model = closing.enter_context(FotModel(base, FOT, memory))
         streamer, state, other = KillAfter(service, 6), model.start(), model.start()
         model(prompt, past_key_values=other)
+        crowd = model.start()
+        model(prompt.expand(12, -1), past_key_values=crowd)
 
-        with pytest.raises(Unavailable, match="cannot be reached"):
-            model.generate(prompt, **how, streamer=streamer, past_key_values=state)
-        assert streamer.heard == want[: len(streamer.heard)]
-        assert 65 <= len(streamer.heard) < 90
-        with pytest.raises(FailedPrecondition, match="failed half way"):
-            model(torch.tensor([[5]]), past_key_values=state)
+        with monkeypatch.context() as while_dead:
+            while_dead.setattr(flows, "PATIENCE_S", 1.0)
+            with pytest.raises(Unavailable, match="cannot be reached"):
+                model.generate(prompt, **how, streamer=streamer, past_key_values=state)
+            assert streamer.heard == want[: len(streamer.heard)]
+            assert 65 <= len(streamer.heard) < 90
+            with pytest.raises(FailedPrecondition, match="failed half way"):
+                model(torch.tensor([[5]]), past_key_values=state)
+
+            started = time.monotonic()
+            crowd.close()
+            assert time.monotonic() - started < 4  # Not twelve times as long as one session is waited for.
 
         again = Service(tmp_path, port=int(target.rsplit(":", 1)[1]))
         closing.callback(again.kill)
@@ -467,9 +473,9 @@ def test_a_service_that_dies_ends_the_text_with_an_error(base: PreTrainedModel, 
 
 def test_a_memory_that_is_gone_is_said_to_be_gone(base: PreTrainedModel) -> None:
     with Memory.open(":memory:", spec=spec_of(base, FOT)) as memory, FotModel(base, FOT, memory) as model:
-        model(text(30))
+        model(text(1, 30))
         with pytest.raises(NotFound, match="nothing-like-it"):
-            model(text(30), recall=Recall(documents=("nothing-like-it",)))
+            model(text(1, 30), recall=Recall(documents=("nothing-like-it",)))
 
 
 def test_positions_of_the_memory_are_options_not_errors(base: PreTrainedModel) -> None:
@@ -477,6 +483,6 @@ def test_positions_of_the_memory_are_options_not_errors(base: PreTrainedModel) -
     answers = []
     for position, place in ((MemoryPosition.FIRST, 0), (MemoryPosition.NONE, 0), (MemoryPosition.FIXED, 9)):
         with attached(base, fot=replace(FOT, memory_position=position, fixed_position=place)) as model:
-            answers.append(model(text(60)).logits)
+            answers.append(model(text(1, 60)).logits)
     assert (answers[0] - answers[1]).abs().max() > 0.01
     assert (answers[1] - answers[2]).abs().max() > 0.01
