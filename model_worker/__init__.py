@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from model_worker.answering import Answer, Answering, answer
     from model_worker.encoding import Encoded, Encoder
     from model_worker.errors import InputTooLong, UnsupportedModel
+    from model_worker.fitting import spec_of
     from model_worker.ingest import IngestReport
-    from model_worker.model import FotModel, spec_of
+    from model_worker.model import FotModel
     from model_worker.positions.cream import Cream, Pose, RandomPositions
     from model_worker.positions.scaling import Scaling, scaled_config
     from model_worker.recall.tally import Tally
@@ -58,7 +59,7 @@ _HOMES = {
     "UnsupportedModel": "errors",
     "answer": "answering",
     "scaled_config": "positions.scaling",
-    "spec_of": "model",
+    "spec_of": "fitting",
 }
 
 __all__ = [

@@ -20,7 +20,7 @@ from memory_service.types import Scalar
 from model_worker.corpus import LeftOut, Note, Notes, Source, token_ids, tokenizer_digest
 from model_worker.corpus.source import RESERVED_PREFIX
 from model_worker.encoding import Encoded, Encoder
-from model_worker.model import check_spec
+from model_worker.fitting import check_spec
 from model_worker.uploads import Outgoing, Uploads
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from memory_service.errors import InvalidArgument
 from memory_service.types import IndexPolicy, OperationState
 from model_worker.bench.reference import Cache, Reference
 from model_worker.bench.subject import PLANTED_TOKENS, Mode, Quality, Setup
-from model_worker.model import FotModel, spec_of
+from model_worker.fitting import spec_of
+from model_worker.model import FotModel
 from model_worker.settings import Read
 from model_worker.state import State
 

@@ -69,7 +69,8 @@ def load_model(
     check_checkpoint(directory)
     import torch
 
-    from model_worker.model import FotModel, spec_of
+    from model_worker.fitting import spec_of
+    from model_worker.model import FotModel
 
     quiet()
     if threads is not None:

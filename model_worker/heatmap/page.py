@@ -23,6 +23,7 @@ from model_worker.heatmap.words import (
 from model_worker.recall.tally import Floats
 
 _MOST_COLUMNS = 240
+_SEPARATE = 100  # More columns leave no room for lines between them.
 _MOST_PROMPT = 240  # Letters in the heading.
 _STYLE = f"""
 :root {{ font: 15px/1.45 system-ui, sans-serif; color: #22242a; background: #fff; color-scheme: light; }}
@@ -42,6 +43,7 @@ td.mass {{ width: 4.2rem; }}
 td.mass div {{ text-align: center; padding: .25rem 0; }}
 .strip {{ display: flex; height: 1.7rem; background: {UNKNOWN}; }}
 .strip div {{ box-shadow: inset -1px 0 #fff; min-width: 0; }}
+.fine div {{ box-shadow: none; }}
 .strip span {{ margin: auto; color: #5c6270; font-size: .78rem; }}
 details {{ margin: 0 0 .4rem; font-size: .85rem; }}
 summary {{ cursor: pointer; color: #5c6270; }}
@@ -151,7 +153,8 @@ def _tokens(heat: HeatMap) -> Iterator[str]:
     yield "<table>"
     for row, table in zip(heat.rows, tables, strict=True):
         cells = "".join(_columns(heat, row, table, together, most))
-        yield f'<tr><th class="name">{_escape(row.name)}</th><td><div class="strip">{cells}</div></td></tr>'
+        strip = "strip fine" if len(heat.asked) > _SEPARATE else "strip"
+        yield f'<tr><th class="name">{_escape(row.name)}</th><td><div class="{strip}">{cells}</div></td></tr>'
     yield "</table>"
 
 

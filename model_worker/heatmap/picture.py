@@ -50,7 +50,9 @@ def picture(heat: HeatMap) -> Figure:
     _heading(sheet, heat)
     top = _HEAD + _TITLE
     if not heat.rows:
-        _box(_table(sheet, _MARGIN, top, _WIDTH - 2 * _MARGIN, heat), 0, UNKNOWN, NOTHING)
+        axes = _table(sheet, _MARGIN, top, _WIDTH - 2 * _MARGIN, heat)
+        axes.set_xticks([])
+        _box(axes, 0, UNKNOWN, NOTHING)
         return figure
     layers = len(heat.layers) if 1 < len(heat.layers) <= _MOST_LAYERS else 0
     wide = _WIDTH - _LABELS - _RIGHT - (layers + 1) * _LAYER - _GAP

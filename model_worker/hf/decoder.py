@@ -72,7 +72,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = cast(int, module.layer_idx)
     output = step.attend(Call(layer, query, key, value, scale, softcap, sliding_window))
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -233,6 +233,9 @@ def _check_rotation(base: PreTrainedModel, rope: Rope) -> None:
     query, key = torch.randn(2, 1, 2, 3, rope.rotary_dims, generator=torch.Generator().manual_seed(0)).unbind()
     here = Rope(rope.inv_freq.cpu(), rope.scaling)
     angles = here.angles(torch.arange(3), torch.float32)
-    rotated = theirs(query, key, angles.cos[None], angles.sin[None])[0]
+    try:
+        rotated = theirs(query, key, angles.cos[None], angles.sin[None])[0]
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise UnsupportedModel(f"{type(base).__name__} rotates in a way of its own: {error}") from error
     if rotated.shape != query.shape or not torch.allclose(rotated, rotate(query, angles), atol=1e-6):
         raise UnsupportedModel(f"{type(base).__name__} rotates pairs of channels in another order than Llama does")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from memory_service import FotError, Session, SessionScope
+from memory_service import DeadlineExceeded, FotError, Session, SessionScope, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,9 @@ def _close(sessions: Sequence[Session]) -> None:
     for session in sessions:
         try:
             session.close()
+        except (Unavailable, DeadlineExceeded):
+            # Nobody answers: asking for every other session would take as long again. Leases free them.
+            return
         except FotError:
             # The lease frees it anyway; closing must not hide why the caller stopped.
             continue

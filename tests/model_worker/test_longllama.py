@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from memory_service import DType
@@ -187,13 +187,6 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_nowhere_is_named() -> None:
     with pytest.raises(UnsupportedModel, match=r"no checkpoint can be read at .\./nowhere."):
         read_config("./nowhere")
-
-
-def test_golden_weights_have_the_names_of_llama() -> None:
-    golden = Path(__file__).parents[1] / "golden"
-    config = json.loads((golden / "fot_s01_short_single_window.json").read_text())
-    weights = load_file(golden / config["weights"])
-    LlamaForCausalLM(llama_config(config["config"])).load_state_dict(weights, strict=True)
 
 
 def _geometry(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""A call's tokens through the model: what is too long for the window goes to memory, the rest on top of the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_worker.hf.decoder import Decoder
+from model_worker.inputs import padded
+from model_worker.loading import SessionStore, cut, load
+from model_worker.positions.policy import Policy
+from model_worker.positions.self_extend import reach
+from model_worker.recall.reader import Reader
+from model_worker.settings import Cut, FotConfig
+from model_worker.state import State
+from model_worker.steps import Piece, WindowStep
+
+
+class Feeder:
+    """Runs tokens on top of a state. Keeps nothing between calls."""
+
+    def __init__(self, decoder: Decoder, fot: FotConfig, policies: Sequence[Policy], reader: Reader | None):
+        self._decoder = decoder
+        self._fot = fot
+        self._policies = policies
+        self._reader = reader
+
+    def run(self, state: State, ids: Tensor, pads: list[int], keep: int, use_cache: bool) -> Tensor:
+        """Logits [B, keep or T, V] of ids [B, T], of which row b's first pads[b] are padding."""
+        total = ids.shape[1]
+        texts = [row[pad:].cpu() for row, pad in zip(ids, pads, strict=True)]
+        prefix = self._prefix(total, pads)
+        wanted = keep == 0 or keep > total - max(prefix, default=0)
+        found: Tensor | None = None  # [B, T, V] when logits of loaded windows are wanted too
+
+        def on_logits(piece: Piece, logits: Tensor) -> None:
+            nonlocal found
+            found = logits.new_zeros(len(ids), total, logits.shape[-1]) if found is None else found
+            found[piece.row, pads[piece.row] + piece.fresh : pads[piece.row] + piece.stop] = logits[piece.kept]
+
+        if any(prefix):
+            if any(state.window.held(row) for row in range(state.batch)):
+                self._walk(state, texts, prefix, on_logits if wanted else None)
+            else:
+                self._load(state, texts, prefix, pads, on_logits if wanted else None)
+        rest = [text[stop:] for text, stop in zip(texts, prefix, strict=True)]
+        last = min(total, self._fot.last_context_length)
+        width = total if not any(prefix) else last if self._fot.cut is Cut.BATCH else 1
+        rest_ids, rest_pads = padded(rest, width)
+        logits = self._feed(state, rest_ids, rest_pads, rest, keep if not wanted else 0)
+        if not use_cache:
+            state.send_all()
+        if found is not None:
+            for row, (pad, text) in enumerate(zip(rest_pads, rest, strict=True)):
+                if len(text):
+                    found[row, total - len(text) :] = logits[row, pad:]
+            logits = found
+        return logits[:, -keep:] if keep else logits
+
+    def _prefix(self, total: int, pads: Sequence[int]) -> list[int]:
+        """How many of each row's tokens go to memory before the last window."""
+        last = self._fot.last_context_length
+        if self._reach is not None:
+            return [0] * len(pads)
+        if self._fot.cut is Cut.BATCH:
+            return [max(total - last - pad, 0) for pad in pads]
+        return [max(total - pad - last, 0) for pad in pads]
+
+    @property
+    def _reach(self) -> int | None:
+        """The most tokens a row may have where none can leave its window."""
+        if self._fot.self_extend is None or self._fot.mem_layers:
+            return None
+        return reach(self._fot.self_extend, self._decoder.trained_length)
+
+    def _load(self, state: State, texts: list[Tensor], prefix: list[int], pads: list[int], on_logits: Any) -> None:
+        fot = self._fot
+        shifts = pads if fot.cut is Cut.BATCH else [0] * len(pads)
+        overlap = 0 if fot.cut is Cut.BATCH else fot.overlap
+        pieces = [
+            piece
+            for row, stop in enumerate(prefix)
+            for piece in cut(row, stop, fot.window, overlap, shifts[row])
+        ]  # fmt: skip
+        store = SessionStore(self._reader, state.rows, texts, state.recall) if self._reader is not None else None
+        load(self._decoder, fot, self._policies, pieces, texts, store, on_logits)
+        if store is not None:
+            store.finish(prefix)
+        for row, stop in enumerate(prefix):
+            state.texts[row] = torch.cat([state.texts[row], texts[row][:stop]])
+
+    def _walk(self, state: State, texts: list[Tensor], prefix: list[int], on_logits: Any) -> None:
+        """Windows one after another, on top of what the rows' windows hold already."""
+        size = self._fot.window
+        for start in range(0, max(prefix), size):
+            parts = [text[start : min(start + size, stop)] for text, stop in zip(texts, prefix, strict=True)]
+            ids, pads = padded(parts, 0)
+            logits = self._feed(state, ids, pads, parts, 0 if on_logits is not None else 1)
+            for row, part in enumerate(parts):
+                if on_logits is not None and len(part):
+                    on_logits(Piece(row, start, start + len(part), start), logits[row, pads[row] :])
+
+    def _feed(self, state: State, ids: Tensor, pads: list[int], texts: list[Tensor], keep: int) -> Tensor:
+        """Run [B, n] tokens on top of the rows' windows; logits [B, keep or n, V]."""
+        state.make_room(ids.shape[1], pads, self._reach)
+        step = WindowStep(state.window, self._fot.mem_layers, state)
+        logits = self._decoder.logits(ids.to(self._decoder.device), step, keep)
+        state.window.advance(ids.shape[1])
+        state.texts = [torch.cat([old, new]) for old, new in zip(state.texts, texts, strict=True)]
+        return logits
