@@ -87,6 +87,11 @@ def many_queries(held: Held) -> object:
     return held.memory.attend(1, queries(2100), top_k=20, tokens=True, attribution=True, measure=True)
 
 
+def more_rows_than_one_call(held: Held) -> object:
+    """4 x 17,000 rows of queries, where a call takes 65,536."""
+    return held.memory.attend(1, queries(17_000), scope="doc-1", attribution=True)
+
+
 def session_life(held: Held) -> list[object]:
     memory, keys, values = held.memory, *drawn(6, 2, 4)
     session = memory.session(30)
@@ -160,6 +165,7 @@ SAME: dict[str, Callable[[Held], Outcome]] = {
         AttendOptions(top_k=5),
     ),
     "many queries": many_queries,
+    "more rows than one call": more_rows_than_one_call,
     "search": lambda h: h.memory.search(4, queries(), top_k=5, where="lang exists"),
     "search groups": lambda h: h.memory.search_groups(1, [(None, queries())], AttendOptions(top_k=3)),
     "fetch": lambda h: h.memory.fetch("doc-2", 4, 10, 20),

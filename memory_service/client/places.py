@@ -16,12 +16,13 @@ import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from memory_service.errors import FailedPrecondition, InvalidArgument, NotFound
+from memory_service.pieces import cut_attend, join_attended
 from memory_service.settings import StoreOptions
-from memory_service.types import Cancel, Identity, Role
-from memory_service.verbs import Verb
+from memory_service.types import MAX_QUERIES, Cancel, Identity, Role
+from memory_service.verbs import Attend, Verb
 
 if TYPE_CHECKING:
     from memory_service.store import Store
@@ -77,11 +78,25 @@ class LocalPlace:
         """Ask the store in the calling thread."""
         if not self._release.alive:
             raise closed(self.target)
-        return self._store.run(EMBEDDED, verb, cancel or Cancel(timeout_s))
+        cancel = cancel or Cancel(timeout_s)
+        if isinstance(verb, Attend) and (limit := _needs_cutting(verb)):
+            # What a service is asked in several messages, a store takes in several calls.
+            messages, calls = cut_attend(verb, limit)
+            joined = join_attended(messages, [self._store.run(EMBEDDED, call, cancel) for call in calls])
+            return cast(Answer, joined)
+        return self._store.run(EMBEDDED, verb, cancel)
 
     def close(self) -> None:
         """Let go of the store. Harmless twice."""
         self._release()
+
+
+def _needs_cutting(verb: Attend) -> int:
+    """The bytes of queries that one call may hold, if some group has more rows than that; else 0."""
+    shapes = [group.queries.shape for group in verb.groups if group.queries.ndim == 3]
+    if all(heads * queries <= MAX_QUERIES for heads, queries, _ in shapes):
+        return 0
+    return MAX_QUERIES * 4 * min(dim for _, _, dim in shapes)
 
 
 class AsyncLocalPlace:

@@ -12,11 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from memory_service import Attended, AttendGroup, Memory, Scope, SessionScope, Unavailable
-from memory_service.types import MAX_QUERIES, SessionAppend
+from memory_service.types import SessionAppend
 from model_worker.settings import Recall
 
 T = TypeVar("T")
@@ -60,11 +59,7 @@ class Reader:
         self, layer: int, questions: Sequence[tuple[Scope, Tensor]], recall: Recall, scale: float
     ) -> Promise[tuple[Attended, ...]]:
         """Ask for attention of queries [H, n, D] over each scope; one round trip for all."""
-        groups, counts = [], []
-        for scope, queries in questions:
-            pieces = torch.split(queries, max(1, MAX_QUERIES // queries.shape[0]), dim=1)
-            counts.append(len(pieces))
-            groups += [AttendGroup(scope, piece) for piece in pieces]
+        groups = [AttendGroup(scope, queries) for scope, queries in questions]
         options = recall.options(scale)
 
         def ask() -> tuple[Attended, ...]:
@@ -72,12 +67,12 @@ class Reader:
 
         if self._thread is None:
             answers = ask()
-            return Promise(lambda: _joined(answers, counts, recall))
+            return Promise(lambda: _checked(answers, recall))
         future = self._thread.submit(ask)
 
         def wait() -> tuple[Attended, ...]:
             self.flush()  # An append that failed explains more than an answer without it.
-            return _joined(future.result(), counts, recall)
+            return _checked(future.result(), recall)
 
         return Promise(wait)
 
@@ -99,27 +94,13 @@ def whole_scope(documents: Scope, sessions: tuple[SessionScope, ...]) -> Scope |
     return replace(documents, sessions=(*documents.sessions, *sessions))
 
 
-def _joined(answers: Sequence[Attended], counts: Sequence[int], recall: Recall) -> tuple[Attended, ...]:
-    """Answers to questions that were cut into pieces, put together and checked."""
-    joined, at = [], 0
-    for count in counts:
-        pieces = answers[at : at + count]
-        at += count
-        joined.append(pieces[0] if count == 1 else _one(pieces))
-    for answer in joined:
+def _checked(answers: tuple[Attended, ...], recall: Recall) -> tuple[Attended, ...]:
+    """The answers, if enough of every scope was searched."""
+    for answer in answers:
         if answer.coverage.fraction < recall.min_coverage:
             raise Unavailable(
                 f"only {answer.coverage.searched:,} of {answer.coverage.in_scope:,} tokens in scope were searched, "
                 f"less than min_coverage={recall.min_coverage:g}; try again when the service is whole, "
                 "or accept less with Recall(min_coverage=…)"
             )
-    return tuple(joined)
-
-
-def _one(pieces: Sequence[Attended]) -> Attended:
-    # Attribution and measurements are means over queries: the first piece's stand for windows this large.
-    return replace(
-        pieces[0],
-        output=torch.cat([piece.output for piece in pieces], dim=1),
-        lse=torch.cat([piece.lse for piece in pieces], dim=1),
-    )
+    return answers

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 # --- Three times the budget, in a process of its own ----------------------------------------------------------------
 
 BUDGET = 96 * MIB
-OVERHEAD = 224 * MIB  # Scratch, cold keys and values on their way, documents on their way in, the allocator (136 to 170 MiB seen).
+OVERHEAD = 224 * MIB  # Scratch, cold keys and values, documents on their way in, the allocator: 136 to 170 MiB seen.
 LARGE = spec_of(DType.BF16, heads=4, dim=64)
 TOKENS = 4096  # 8 MiB a document.
 DOCUMENTS = 3 * BUDGET // (TOKENS * LARGE.bytes_per_token)
