@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from memory_service.types import (
+    MAX_QUERIES,
     Attended,
     AttendGroup,
     AttendOptions,
@@ -126,7 +127,8 @@ def _query_bytes(group: AttendGroup, options: AttendOptions, answers_values: boo
     if options.tokens or not answers_values:
         answered += options.top_k * TOKEN_BYTES
     gathered = options.top_k * (8 * dim + 32)
-    return heads * max(4 * dim, answered, gathered * PIECE_BYTES // WORKING_BYTES)
+    # The last keeps a message within MAX_QUERIES rows, however short they are.
+    return heads * max(4 * dim, answered, gathered * PIECE_BYTES // WORKING_BYTES, PIECE_BYTES // MAX_QUERIES)
 
 
 def _token_bytes(append: SessionAppend) -> int:

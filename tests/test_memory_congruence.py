@@ -291,6 +291,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return outcomes("memory", tmp_path_factory.mktemp("none"))
 
 
+def same(got: Outcome, expected: Outcome) -> bool:
+    """Equal, but for one unit of rounding: blocks of keys lie differently in memory from place to place."""
+    if isinstance(got, float) and isinstance(expected, float):
+        return got == expected or abs(got - expected) < 1.5e-4
+    if isinstance(got, dict) and isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(same(got[key], expected[key]) for key in got)
+    if isinstance(got, list | tuple) and type(got) is type(expected):
+        return len(got) == len(expected) and all(map(same, got, expected))
+    return bool(got == expected)
+
+
 # The wire finds these before the store does, or a chunk before a tensor: the same error, in its own words.
 WORDED_BY_THE_WIRE = {"integer queries", "queries of rank 2", "infinity, large"}
 MISTAKES = list(SAME)[list(SAME).index("no such memory") :]
@@ -308,6 +319,6 @@ def test_all_places_say_the_same(place: str, reference: dict[str, Outcome], tmp_
         expected = reference[name]
         if name in WORDED_BY_THE_WIRE:
             got, expected = (got[0], got[2]), (expected[0], expected[2])
-        if got != expected:
+        if not same(got, expected):
             different[name] = (str(expected)[:400], str(got)[:400])
     assert different == {}

@@ -79,9 +79,9 @@ class LocalPlace:
         if not self._release.alive:
             raise closed(self.target)
         cancel = cancel or Cancel(timeout_s)
-        if isinstance(verb, Attend) and (limit := _needs_cutting(verb)):
+        if isinstance(verb, Attend) and _has_too_many_rows(verb):
             # What a service is asked in several messages, a store takes in several calls.
-            messages, calls = cut_attend(verb, limit)
+            messages, calls = cut_attend(verb)
             joined = join_attended(messages, [self._store.run(EMBEDDED, call, cancel) for call in calls])
             return cast(Answer, joined)
         return self._store.run(EMBEDDED, verb, cancel)
@@ -91,12 +91,9 @@ class LocalPlace:
         self._release()
 
 
-def _needs_cutting(verb: Attend) -> int:
-    """The bytes of queries that one call may hold, if some group has more rows than that; else 0."""
+def _has_too_many_rows(verb: Attend) -> bool:
     shapes = [group.queries.shape for group in verb.groups if group.queries.ndim == 3]
-    if all(heads * queries <= MAX_QUERIES for heads, queries, _ in shapes):
-        return 0
-    return MAX_QUERIES * 4 * min(dim for _, _, dim in shapes)
+    return any(heads * queries > MAX_QUERIES for heads, queries, _ in shapes)
 
 
 class AsyncLocalPlace:
