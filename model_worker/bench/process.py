@@ -34,6 +34,7 @@ class Bench:
         self._contender: Contender | None = None
         self._confined = confined
         self._alone = ExitStack()
+        self._ready_mb = 0.0
         self._commands: dict[str, Callable[[dict[str, Any]], Any]] = {
             "setup": self.setup,
             "prefill": self.prefill,
@@ -60,13 +61,14 @@ class Bench:
             **facts,
         )
         self._contender = make(self._setup)
+        self._ready_mb = _mb(psutil.Process().memory_info().rss)
         if self._confined:
             # Only now: planting and indexing may use the whole machine.
             self._alone.enter_context(_confined(self._setup.threads))
 
     def prefill(self, facts: dict[str, Any]) -> dict[str, Any]:
         ids = self._setup.geometry.tokens(facts["tokens"])
-        return asdict(_measure(lambda _: self._ready.prefill(ids), [ids]))
+        return self._measure(lambda _: self._ready.prefill(ids), [ids])
 
     def start(self, facts: dict[str, Any]) -> None:
         self._ready.start(self._setup.geometry.tokens(facts["tokens"]), Mode(**facts["mode"]))
@@ -74,12 +76,26 @@ class Bench:
     def decode(self, facts: dict[str, Any]) -> dict[str, Any]:
         mode = Mode(**facts["mode"])
         tokens = self._setup.geometry.tokens(facts["tokens"]).unbind(1)
-        return asdict(_measure(lambda token: self._ready.decode(token[None], mode), tokens))
+        return self._measure(lambda token: self._ready.decode(token[None], mode), tokens)
 
     def quality(self, facts: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(self._ready, Fot):
             raise InvalidArgument("only our model has an index")
         return asdict(self._ready.quality(self._setup.geometry.tokens(facts["tokens"]), Mode(**facts["mode"])))
+
+    def _measure(self, call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> dict[str, Any]:
+        """Time a call on each input; what they answer is the last one's logits."""
+        _forget_peak()
+        seconds = []
+        cpu = time.process_time()
+        with torch.inference_mode():
+            for one in inputs:
+                started = time.perf_counter()
+                logits = call(one)
+                seconds.append(time.perf_counter() - started)
+        cpu = time.process_time() - cpu
+        # The peak is told against the fresh process: what earlier runs freed is often not given back yet.
+        return asdict(Measured(seconds, round(cpu, 4), self._ready_mb, _mb(_peak()), logits.tolist()))
 
     @property
     def _ready(self) -> Contender:
@@ -92,21 +108,6 @@ class Bench:
         if self._contender is not None:
             self._contender.close()
         self._alone.close()
-
-
-def _measure(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Measured:
-    process = psutil.Process()
-    before = process.memory_info().rss
-    _forget_peak()
-    seconds = []
-    cpu = time.process_time()
-    with torch.inference_mode():
-        for one in inputs:
-            started = time.perf_counter()
-            logits = call(one)
-            seconds.append(time.perf_counter() - started)
-    cpu = time.process_time() - cpu
-    return Measured(seconds, round(cpu, 4), _mb(before), _mb(max(_peak(), before)), logits.tolist())
 
 
 @contextmanager

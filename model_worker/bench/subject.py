@@ -75,14 +75,14 @@ class Measured:
 
     seconds: list[float]  # Of the prompt, or of each token.
     cpu_s: float  # Processor time of the whole process: more than the seconds if it used more than one core.
-    rss_before_mb: float
+    rss_ready_mb: float  # Resident memory when the model was built and its memory planted.
     peak_rss_mb: float
     logits: list[float]  # [V] after the last token.
 
     @property
     def growth_mb(self) -> float:
-        """Memory it needed on top of what the process had."""
-        return self.peak_rss_mb - self.rss_before_mb
+        """Memory it needed on top of that."""
+        return max(self.peak_rss_mb - self.rss_ready_mb, 0.0)
 
 
 class Channel(Protocol):

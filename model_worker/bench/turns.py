@@ -40,7 +40,7 @@ def measured_row(name: str, runs: list[Measured], **facts: Any) -> dict[str, Any
         seconds(runs),
         **facts,
         cores_used=round(sum(run.cpu_s for run in runs) / wall, 2),
-        rss_before_mb=runs[0].rss_before_mb,
+        rss_ready_mb=runs[0].rss_ready_mb,
         peak_rss_mb=max(run.peak_rss_mb for run in runs),
         growth_mb=round(max(run.growth_mb for run in runs), 1),
     )

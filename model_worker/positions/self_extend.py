@@ -102,7 +102,8 @@ def check_reach(config: SelfExtend, trained: int, length: int) -> None:
 
 def advice(config: SelfExtend, trained: int, length: int) -> str | None:
     """What to say about a length that is reached only by distances the model knows badly; None if all is well."""
-    if length <= trained or 3 * (config.window + (length - config.window) / config.group) < 2 * trained:
+    # w + (N - w) / G < 2/3 · L0, both sides times 3 G: whole numbers do not round.
+    if length <= trained or 3 * (config.window * config.group + length - config.window) < 2 * trained * config.group:
         return None
     group = advised_group(length, config.window, trained)
     remedy = f"group {group}" if group else f"a window below {2 * trained // 3}"

@@ -60,7 +60,7 @@ def test_the_slowest_takes_its_only_turn_in_the_middle() -> None:
 def test_a_row_tells_times_of_all_rounds_and_the_highest_peak() -> None:
     row = measured_row("x", [measured(0.001, 0.003), measured(0.002, peak=11.5)], tokens=5)
     assert row["median_ms"] == 2.0
-    assert (row["rss_before_mb"], row["peak_rss_mb"], row["growth_mb"]) == (8.0, 11.5, 3.5)
+    assert (row["rss_ready_mb"], row["peak_rss_mb"], row["growth_mb"]) == (8.0, 11.5, 3.5)
     assert row["cores_used"] == 1.0
 
 
