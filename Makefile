@@ -45,11 +45,13 @@ stubs-fresh: setup
 deploy-sane: setup
 	$(BIN)/pytest -q tests/test_repository.py -k deployment
 
-bench: setup  ## Measure attend, ingest and wire; results go to bench-results/
+bench: setup  ## Measure attend, ingest, wire, prefill and decode; results go to bench-results/ (more than an hour)
 	mkdir -p bench-results
 	$(BIN)/fot bench wire --json bench-results/wire.json
 	$(BIN)/fot bench ingest --json bench-results/ingest.json
 	$(BIN)/fot bench attend --json bench-results/attend.json
+	$(BIN)/fot bench prefill --json bench-results/prefill.json
+	$(BIN)/fot bench decode --json bench-results/decode.json
 
 FOT_SOAK_KILLS ?= 1000
 FOT_SOAK_OPS ?= 200000

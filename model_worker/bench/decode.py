@@ -9,6 +9,7 @@ every contender. Each contender is a process of its own, confined to as many cor
     index        the same, chosen by an index, at the cheapest of a few settings with recall ≥ 0.95 of those 32
     grpc-…       the same three through a `fot serve` in another process
     reference    `model_worker.bench.reference`, which concatenates and casts the whole memory at every token
+    index-64k    beside the largest memory: `index` over 64K tokens, so that their ratio is of one time
 
 Dense answers are compared with the reference's, exact ones with those over gRPC; the two indexes are built apart.
 Recall and mass of the index are those of the model's own queries, measured apart from its time.
@@ -64,6 +65,7 @@ class Cell:
     layers: tuple[int, ...]
     dtype: DType
     threads: int
+    small: int | None = None  # Tokens of the smaller memory measured beside the largest.
 
     def figure(self, what: str, size: bool = True) -> str:
         """The figure's name here; plain for one memory layer, float32 and one thread."""
@@ -120,7 +122,7 @@ def run(
                     if size >= HUGE and (len(chosen) > 1 or dtype is not DType.BF16):
                         continue
                     for number in threads:
-                        cell = Cell(size, count, chosen, dtype, number)
+                        cell = Cell(size, count, chosen, dtype, number, sizes.get(65_536) if size >= HUGE else None)
                         found = _measure(cell, plan, targets[number], place / "planted.safetensors", progress)
                         rows += found.rows
                         figures |= found.figures
@@ -162,17 +164,24 @@ def _measure(cell: Cell, plan: Plan, target: str, planted: Path, progress: Progr
     """All contenders over one planted memory."""
     what = f"{cell.tokens:,} tokens, memory layers {list(cell.layers)} in {cell.dtype}, threads {cell.threads}"
     progress(f"{what}: planting and indexing")
-    _draw(cell, plan.geometry, planted)
-    name = cell.figure("decode")  # Of the memory: all cells share one service.
-    setup = Setup("fot", plan.geometry, cell.layers, cell.dtype, name=name, planted=str(planted), threads=cell.threads)
+    setup = Setup(
+        "fot", plan.geometry, cell.layers, cell.dtype, planted=str(planted), threads=cell.threads,
+        name=cell.figure("decode"),  # Of the memory: all cells share one service.
+    )  # fmt: skip
     with ExitStack() as stack:
+        calls: dict[str, tuple[Subject, Mode]] = {}
+        if cell.small is not None:
+            _draw(replace(cell, tokens=cell.small), plan.geometry, planted)
+            small = stack.enter_context(Subject(setup, here=plan.here))
+            calls["index-64k"] = (small, _cheapest(small, plan)[1])
+        _draw(cell, plan.geometry, planted)
         local = stack.enter_context(Subject(setup, here=plan.here))
         quality, index = _cheapest(local, plan)
         modes = {"dense": DENSE, "exact": EXACT, "index": index}
-        calls = {name: (local, mode) for name, mode in modes.items()}
+        calls |= {name: (local, mode) for name, mode in modes.items()}
         if cell.size <= plan.grpc_tokens:
             remote = stack.enter_context(Subject(replace(setup, target=target), here=plan.here))
-            stack.callback(_forget, target, name)
+            stack.callback(_forget, target, setup.name)
             calls |= {f"grpc-{name}": (remote, mode) for name, mode in modes.items()}
         if cell.size <= plan.reference_tokens:
             reference = stack.enter_context(Subject(replace(setup, kind="reference"), here=plan.here))
@@ -205,6 +214,9 @@ def _found(cell: Cell, runs: Runs, quality: Quality, index: Mode) -> _Found:
         cell.figure("index_recall32"): round(quality.recall, 4),
         cell.figure("index_mass"): round(quality.mass, 4),
     }
+    if "index-64k" in runs:
+        what = f"decode_ann_{label(cell.size)}_vs_64k"
+        figures[cell.figure(what, size=False)] = ratio(seconds(runs["index"]), seconds(runs["index-64k"]))
     for name in ("dense", "exact", "index"):
         if "reference" in runs:
             took = ratio(seconds(runs["reference"]), seconds(runs[name]))
@@ -250,7 +262,7 @@ def _headlines(figures: Figures) -> Figures:
     drawn = {
         # The same computation, in the dtype that memories have by default, here and in the authors' code.
         "decode_vs_reference_256k": "decode_dense_vs_reference_256k_bf16",
-        "decode_ann_1m_vs_64k": "decode_index_1m_vs_64k_bf16",
+        "decode_ann_1m_vs_64k": "decode_ann_1m_vs_64k_bf16",
         "grpc_added_ms_decode": "grpc_added_ms_decode_dense_64k_bf16",
     }
     return {name: figures[source] for name, source in drawn.items() if source in figures}
@@ -285,7 +297,7 @@ def _row(name: str, runs: list[Measured], cell: Cell, facts: Mapping[str, Any]) 
     return measured_row(
         name,
         runs,
-        tokens=cell.tokens,
+        tokens=cell.small if name == "index-64k" else cell.tokens,
         memory_layers=",".join(str(one) for one in cell.layers),
         memory_dtype=str(cell.dtype),
         threads=cell.threads,

@@ -109,7 +109,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{directory} has no tokenizer that transformers can read: {error}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidArgument(f"{directory} has no tokenizer that transformers can read: {reason}") from None
 
 
 def check_checkpoint(directory: Path) -> None:
