@@ -69,6 +69,7 @@ BLOCK_FLOATS = 1 << 22  # Of what one step of a build or a search holds in float
 faiss: Any = _faiss  # Its type stubs miss half of what it has.
 _HEADER = struct.Struct("<qqq")  # Of a head's file: bytes of Faiss's part, lists, outliers.
 _deserialising = threading.Lock()  # Faiss's limits on what it reads belong to the process.
+_DERIVED_BYTES = 2 << 30  # Where Faiss itself stops making tables.
 
 
 def set_threads(count: int) -> None:
@@ -401,9 +402,13 @@ def _read_head(data: bytes, spec: MemorySpec) -> WholeIndex | ListsIndex:
     """A head from bytes whose checksum matched: bytes this service wrote."""
     length, lists, outliers = _HEADER.unpack_from(data)
     with _deserialising:
-        faiss.set_deserialization_vector_byte_limit(max(len(data), 1 << 20))
+        # Reading also makes what is not in the file, such as a table of products a list, up to _DERIVED_BYTES of it.
+        faiss.set_deserialization_vector_byte_limit(len(data) + _DERIVED_BYTES)
         faiss.set_deserialization_loop_limit(1 << 20)
-        index = faiss.deserialize_index(np.frombuffer(data, np.uint8, length, _HEADER.size))
+        try:
+            index = faiss.deserialize_index(np.frombuffer(data, np.uint8, length, _HEADER.size))
+        except RuntimeError as error:
+            raise sidecars.Damaged(f"Faiss cannot read an index it wrote: {error}") from error
     if index.d != spec.head_dim:
         raise sidecars.Damaged(f"an index of {index.d} dimensions, not {spec.head_dim}")
     if not lists:

@@ -115,4 +115,6 @@ def remove(
 
 
 def _metadata(document: DocumentInfo) -> str:
-    return ", ".join(f"{key}={value}" for key, value in sorted(document.metadata.items()))
+    # What `fot ingest` keeps to know a document again (hashes) would fill the screen; `fot docs show` tells it.
+    shown = sorted((key, value) for key, value in document.metadata.items() if not key.startswith("fot."))
+    return ", ".join(f"{key}={value}" for key, value in shown)

@@ -161,7 +161,7 @@ def _planted(reference: Reference, file: str | None) -> Cache | None:
     layers = list(cache.layers)
     for place, layer in enumerate(reference.config.mem_layers):
         keys, values = planted["keys"][place], planted["values"][place]
-        layers[layer] = replace(layers[layer], memory_keys=keys[None], memory_values=values[None])
+        layers[layer] = replace(layers[layer], memory_keys=keys[None].clone(), memory_values=values[None].clone())
     valid = torch.ones(1, planted["keys"].shape[2], dtype=torch.bool)
     return replace(cache, layers=tuple(layers), memory_valid=valid)
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def run(
         "memory_dtypes": [str(one) for one in dtypes], "threads": list(threads), "top_k": TOP_K,
         "planted": f"documents of {PLANTED_TOKENS} tokens", "reference_tokens": reference_tokens,
         "grpc_tokens": grpc_tokens, "index_recall_wanted": RECALL, "rounds": plan.rounds, "steps": plan.steps,
-        "logit_tolerance": {str(one): TOLERANCE[one] for one in dtypes}, "quick": quick,
+        "logit_tolerance": {str(one): TOLERANCE[one] for one in dtypes},
+        "transformers": version("transformers"), "quick": quick,
     }  # fmt: skip
     return Result("decode", figures | _headlines(figures), rows, settings)
 

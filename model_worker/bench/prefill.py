@@ -7,7 +7,8 @@ own, confined to as many cores as it has threads, all on the same seeded weights
     grpc        FotModel over a `fot serve` in another process, whose threads are its own
     reference   `model_worker.bench.reference`: every window through all layers, memory grown by concatenation
 
-and, one window over the whole prompt and no memory:
+`inprocess-4k` takes turns with those at 64K tokens, so that flatness compares speeds of one time. And with one window
+over the whole prompt and no memory:
 
     sdpa          the untouched transformers model with torch's scaled_dot_product_attention
     self-extend   the same weights with Self-Extend, group 8, neighbour window 1,024
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ LAYERS = ((2,), (2, 4))
 DTYPES = (DType.F32, DType.BF16)
 REFERENCE_TOKENS = 65_536  # The reference's time grows with the square: 256K would take an hour and more.
 TWO_LAYERS_TOKENS = 65_536  # With several memory layers ours reads all that went before, too.
+FLAT = (4_096, 65_536)  # Sizes whose tokens a second are compared.
 LONG = 32_768  # From here the reference runs once.
 ROUNDS = 3
 EXTENDED = (4_096, 8_192, 16_384)
@@ -97,10 +100,10 @@ def run(
     quick: bool = False,
     progress: Progress = say,
 ) -> Result:
-    """Measure everything; most of an hour, or seconds with `quick`, whose figures mean nothing.
+    """Measure everything; over an hour, or seconds with `quick`, whose figures mean nothing.
 
-    `threads`: by default one, and all of this machine's. `reference_tokens`: longer prompts are not given to the
-    reference, whose two-layer run of 64K tokens alone takes five minutes.
+    `threads`: by default one, and all of this machine's; one alone takes half the time. `reference_tokens`: longer
+    prompts are not given to the reference, whose two-layer run of 64K tokens alone takes six minutes.
     """
     plan = Plan(Geometry(), {n: n for n in sorted(tokens)}, {n: n for n in extended}, EXTEND, reference_tokens, rounds)
     if quick:
@@ -135,7 +138,7 @@ def run(
         "reference": "run in full, once from 32K tokens on", "reference_tokens": reference_tokens,
         "logit_tolerance": {str(one): TOLERANCE[one] for one in dtypes},
         "self_extend": {"group": plan.extend[0], "window": plan.extend[1], "tokens": list(plan.extended.values())},
-        "rounds": plan.rounds, "quick": quick,
+        "rounds": plan.rounds, "transformers": version("transformers"), "quick": quick,
     }  # fmt: skip
     return Result("prefill", figures, rows, settings)
 
@@ -179,25 +182,32 @@ def _measure(cell: Cell, plan: Plan, target: str, forgetful: Measured, progress:
         }
         for subject in subjects.values():
             subject.prefill(min(plan.tokens.values()))
+        subjects["inprocess-4k"] = subjects["inprocess"]
         for size in plan.reads(cell):
-            tokens = plan.tokens[size]
-            calls = {
-                name: partial(subject.prefill, tokens)
-                for name, subject in subjects.items()
-                if name != "reference" or size <= plan.reference_tokens
+            tokens = {
+                name: plan.tokens[size] for name in subjects if name != "reference" or size <= plan.reference_tokens
             }
-            progress(f"{tokens:,} tokens, memory layers {list(cell.layers)} in {cell.dtype}, threads {cell.threads}")
-            rounds = {name: 1 if name == "reference" and size >= LONG else plan.rounds for name in calls}
-            runs = take_turns(calls, rounds)
+            if size == FLAT[1] and FLAT[0] in plan.tokens:
+                subjects["inprocess-4k"], tokens["inprocess-4k"] = subjects["inprocess"], plan.tokens[FLAT[0]]
+            progress(
+                f"{plan.tokens[size]:,} tokens, memory layers {list(cell.layers)} in {cell.dtype}, "
+                f"threads {cell.threads}"
+            )
+            rounds = {name: 1 if name == "reference" and size >= LONG else plan.rounds for name in tokens}
+            runs = take_turns({name: partial(subjects[name].prefill, count) for name, count in tokens.items()}, rounds)
             checked = _compare(runs, cell, None if size > min(plan.tokens) else forgetful)
             for name, taken in runs.items():
-                rates[name, size] = tokens / statistics.median(seconds(taken))
-                found.rows.append(_row(name, taken, tokens, cell, **checked.get(name, {})))
+                rates[name, size] = tokens[name] / statistics.median(seconds(taken))
+                found.rows.append(_row(name, taken, tokens[name], cell, **checked.get(name, {})))
             found.figures.update(_figures(runs, cell, size))
-    for name in subjects:
-        if (name, 4_096) in rates and (name, 65_536) in rates:
-            what = "prefill_flatness" if name == "inprocess" else f"{name}_flatness"
-            found.figures[cell.figure(what)] = round(rates[name, 65_536] / rates[name, 4_096], 3)
+    small, large = FLAT
+    for what, long, short in (
+        ("prefill_flatness", ("inprocess", large), ("inprocess-4k", large)),
+        ("grpc_flatness", ("grpc", large), ("grpc", small)),
+        ("reference_flatness", ("reference", large), ("reference", small)),
+    ):
+        if long in rates and short in rates:
+            found.figures[cell.figure(what)] = round(rates[long] / rates[short], 3)
     return found
 
 
@@ -208,8 +218,9 @@ def _figures(runs: Runs, cell: Cell, size: int) -> Figures:
         figures[cell.figure("prefill_vs_reference", size)] = ratio(
             seconds(runs["reference"]), seconds(runs["inprocess"])
         )
-    if size == 65_536:
-        for contender, taken in runs.items():
+    if size == FLAT[1]:
+        for contender in [name for name in ("inprocess", "grpc", "reference") if name in runs]:
+            taken = runs[contender]
             figures[cell.figure(f"{contender}_growth_mb", size)] = round(max(one.growth_mb for one in taken), 1)
     return figures
 

@@ -67,8 +67,9 @@ class _Window:
 class Reference:
     """A Llama-like causal language model with memory layers, computed as LongLLaMA's authors do.
 
-    `base` is a transformers LlamaForCausalLM or one with the same modules. Time grows with T², memory with the scores
-    of a window: [B, H, C, C + m]. Raises InvalidArgument for what the authors' code does not have.
+    `base` is a transformers LlamaForCausalLM or one with the same modules; make the reference before a FotModel
+    attaches to it. Time grows with T², memory with the scores of a window: [B, H, C, C + m]. Raises InvalidArgument for
+    what the authors' code does not have.
     """
 
     def __init__(self, base: Any, config: FotConfig):

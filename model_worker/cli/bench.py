@@ -29,12 +29,6 @@ ReferenceTokens = Annotated[int | None, typer.Option(min=0, help="Do not give th
 Rounds = Annotated[int | None, typer.Option(min=1, help="Turns of each contender.")]
 
 
-def register(bench: typer.Typer) -> None:
-    """Add the worker's measurements to `fot bench`."""
-    bench.command("prefill")(prefill)
-    bench.command("decode")(decode)
-
-
 def prefill(
     tokens: Tokens = None,
     layers: Layers = None,
@@ -46,7 +40,7 @@ def prefill(
     quick: Quick = False,
     json: JsonFile = None,
 ) -> None:
-    """Long prompts into memory, against the authors' algorithm, in process and over gRPC; most of an hour."""
+    """Long prompts into memory, against the authors' algorithm, in process and over gRPC; over an hour."""
     from model_worker.bench import prefill as bench
 
     result = bench.run(

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_service import index
+from memory_service import Memory, index
 from memory_service.errors import Cancelled, InvalidArgument, ResourceExhausted
 from memory_service.index import IndexedDocument, IndexUnit
-from memory_service.types import Cancel, DType, Fingerprint, MemorySpec
+from memory_service.types import Cancel, DType, Fingerprint, IndexPolicy, MemorySpec
 from memory_service.vfs import Buffer, File, OsVfs
 
 DIM = 16
@@ -401,3 +401,16 @@ def test_a_full_disk_leaves_nothing_behind_at_any_write(tmp_path: Path) -> None:
         with pytest.raises(ResourceExhausted):
             index.save(unit, tmp_path / "unit", FullDisk(room))
         assert not (tmp_path / "unit").exists()
+
+
+@pytest.mark.parametrize("tokens", [2048, 4096, 16_384])
+def test_an_index_is_there_again_after_a_restart_whatever_tables_faiss_makes_of_it(tmp_path: Path, tokens: int) -> None:
+    # Faiss held a table of products it makes on reading against the limit for what it reads, at some sizes only.
+    spec = MemorySpec(Fingerprint("m"), (0,), 1, 64, index=IndexPolicy(min_tokens=1 << 40))
+    keys, values = torch.randn(2, 1, 1, tokens, 64, generator=torch.Generator().manual_seed(1))
+    with Memory.open(tmp_path, spec=spec) as memory:
+        memory.put("document", keys, values)
+        memory.wait(memory.start("index"))
+    with Memory.open(tmp_path, spec=spec) as memory:
+        assert memory.stats().indexed_tokens == tokens
+        assert memory.attend(0, keys[0, :, :1], top_k=4, engine="index").engine.startswith("index:")

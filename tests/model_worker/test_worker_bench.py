@@ -108,7 +108,8 @@ def test_sizes_that_are_no_numbers_are_refused() -> None:
 def bench(*arguments: str) -> str:
     """What a command of `fot bench` prints."""
     app = typer.Typer()
-    commands.register(app)
+    app.command("prefill")(commands.prefill)
+    app.command("decode")(commands.decode)
     ran = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert ran.exit_code == 0
     return ran.stdout
