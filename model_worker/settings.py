@@ -74,7 +74,7 @@ class FotConfig:
     cut: Cut = Cut.ROW
     overlap: int = 0  # Tokens of left context every window of a long prompt recomputes and does not store.
     self_extend: SelfExtend | None = None
-    block_tokens: int = 4096  # Windows that load together: more tokens, fewer calls, more RAM. Results do not change.
+    block_tokens: int = 2048  # Windows that load together: more tokens, fewer calls, more RAM. Results do not change.
 
     def __post_init__(self) -> None:
         if self.window < 1 or not self.last_context_length >= 1:
