@@ -34,6 +34,7 @@ from memory_service.bench.synthetic import Head
 from memory_service.client import Client
 from memory_service.types import DType, Engine
 from model_worker.bench.geometry import QUICK, Geometry
+from model_worker.bench.launch import launch
 from model_worker.bench.subject import PLANTED_TOKENS, Measured, Mode, Quality, Setup, Subject
 from model_worker.bench.turns import Runs, distance, label, measured_row, seconds, take_turns
 
@@ -174,19 +175,19 @@ def _measure(cell: Cell, plan: Plan, target: str, planted: Path, progress: Progr
         calls: dict[str, tuple[Subject, Mode]] = {}
         if cell.small is not None:
             _draw(replace(cell, tokens=cell.small), plan.geometry, planted)
-            small = stack.enter_context(Subject(setup, here=plan.here))
+            small = stack.enter_context(launch(setup, here=plan.here))
             calls["index-64k"] = (small, _cheapest(small, plan)[1])
         _draw(cell, plan.geometry, planted)
-        local = stack.enter_context(Subject(setup, here=plan.here))
+        local = stack.enter_context(launch(setup, here=plan.here))
         quality, index = _cheapest(local, plan)
         modes = {"dense": DENSE, "exact": EXACT, "index": index}
         calls |= {name: (local, mode) for name, mode in modes.items()}
         if cell.size <= plan.grpc_tokens:
-            remote = stack.enter_context(Subject(replace(setup, target=target), here=plan.here))
+            remote = stack.enter_context(launch(replace(setup, target=target), here=plan.here))
             stack.callback(_forget, target, setup.name)
             calls |= {f"grpc-{name}": (remote, mode) for name, mode in modes.items()}
         if cell.size <= plan.reference_tokens:
-            reference = stack.enter_context(Subject(replace(setup, kind="reference"), here=plan.here))
+            reference = stack.enter_context(launch(replace(setup, kind="reference"), here=plan.here))
             calls["reference"] = (reference, DENSE)
         progress(f"{what}: {', '.join(calls)}")
         for subject, mode in calls.values():

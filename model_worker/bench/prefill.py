@@ -32,7 +32,8 @@ from typing import Any
 from memory_service.bench.harness import Figures, Progress, Result, ratio, say, scratch, served, show
 from memory_service.types import DType
 from model_worker.bench.geometry import QUICK, Geometry
-from model_worker.bench.subject import Measured, Setup, Subject
+from model_worker.bench.launch import launch
+from model_worker.bench.subject import Measured, Setup
 from model_worker.bench.turns import Runs, distance, label, measured_row, seconds, take_turns
 
 TOKENS = (4_096, 16_384, 65_536, 262_144)
@@ -173,7 +174,7 @@ def _measure(cell: Cell, plan: Plan, target: str, forgetful: Measured, progress:
     setup = Setup("fot", plan.geometry, cell.layers, cell.dtype, name=name, threads=cell.threads)
     with ExitStack() as stack:
         subjects = {
-            name: stack.enter_context(Subject(one, here=plan.here))
+            name: stack.enter_context(launch(one, here=plan.here))
             for name, one in {
                 "inprocess": setup,
                 "grpc": replace(setup, target=target),
@@ -243,7 +244,7 @@ def _compare(runs: Runs, cell: Cell, forgetful: Measured | None) -> dict[str, di
 
 def _without_memory(plan: Plan) -> Measured:
     """The shortest prompt, read by a reference that forgets all but the last window."""
-    with Subject(Setup("reference", plan.geometry), here=plan.here) as subject:
+    with launch(Setup("reference", plan.geometry), here=plan.here) as subject:
         return subject.prefill(min(plan.tokens.values()))
 
 
@@ -258,7 +259,7 @@ def _extend(plan: Plan, threads: int, progress: Progress) -> _Found:
     ours = replace(plain, kind="fot", longest=longest, extend=plan.extend)
     suffix = "" if threads == 1 else f"_{threads}threads"
     growth: dict[int, float] = {}
-    with Subject(plain, here=plan.here) as sdpa, Subject(ours, here=plan.here) as extended:
+    with launch(plain, here=plan.here) as sdpa, launch(ours, here=plan.here) as extended:
         for subject in (sdpa, extended):
             subject.prefill(min(plan.extended.values()))
         for size, tokens in plan.extended.items():

@@ -6,9 +6,6 @@ The process reads one JSON object a line and answers with one. `model_worker.ben
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
@@ -96,12 +93,9 @@ class Channel(Protocol):
 class Subject:
     """A handle on a contender and its process. Use `with`: it ends with the block."""
 
-    def __init__(self, setup: Setup, *, here: bool = False):
-        """Start it and wait until its model is built and its memory planted.
-
-        `here`: in this process, unconfined, for runs whose figures mean nothing. Raises Unavailable if it fails.
-        """
-        self._channel = _bench() if here else Pipe()
+    def __init__(self, setup: Setup, channel: Channel):
+        """Wait until its model is built and its memory planted. Raises Unavailable if that fails."""
+        self._channel = channel
         try:
             self._ask("setup", asdict(setup))
         except BaseException:
@@ -139,48 +133,3 @@ class Subject:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Pipe:
-    """The process, through its standard input and output; what it says on standard error is everybody's to see."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "model_worker.bench.process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
-            text=True,
-        )
-
-    def obey(self, line: str) -> str:
-        """Send a command and wait for its answer. Raises Unavailable if the process ends instead."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        try:
-            stdin.write(line + "\n")
-            stdin.flush()
-            answer = stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise Unavailable(f"a process that was measured ended with code {self._process.wait()}")
-        return answer
-
-    def close(self) -> None:
-        """Its input ends, and so does it. Harmless twice."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def _bench() -> Channel:
-    # Imported when needed: a parent of processes does without transformers.
-    from model_worker.bench.process import Bench
-
-    return Bench()

@@ -14,7 +14,8 @@ from memory_service.bench.harness import Result
 from memory_service.errors import InvalidArgument, Unavailable
 from model_worker.bench import decode, prefill
 from model_worker.bench.geometry import QUICK
-from model_worker.bench.subject import Measured, Mode, Setup, Subject
+from model_worker.bench.launch import launch
+from model_worker.bench.subject import Measured, Mode, Setup
 from model_worker.bench.turns import distance, label, measured_row, take_turns
 from model_worker.cli import bench as commands
 
@@ -71,13 +72,13 @@ def test_sizes_are_called_by_their_thousands() -> None:
 def test_a_process_answers_as_its_contender_does_here() -> None:
     setup = Setup("fot", QUICK, (2,))
     reference = Setup("reference", QUICK, (2,))
-    with Subject(setup) as there, Subject(reference, here=True) as here:
+    with launch(setup) as there, launch(reference, here=True) as here:
         assert distance(there.prefill(200), here.prefill(200)) < 1e-4
         for subject in (there, here):
             subject.start(20, Mode("dense"))
         assert distance(there.decode(3, Mode("dense")), here.decode(3, Mode("dense"))) < 1e-4
         with pytest.raises(Unavailable, match="0 to 5"):
-            Subject(Setup("fot", QUICK, (7,)), here=True)
+            launch(Setup("fot", QUICK, (7,)), here=True)
 
 
 def test_prefill_measures_every_promised_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
