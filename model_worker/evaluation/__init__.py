@@ -1,0 +1,1 @@
+"""Jobs that say how well a model remembers: protocol, table, JSON, plot."""

@@ -1,0 +1,1 @@
+"""Texts and token ids whose answers are known: for training and for evaluation."""
