@@ -1,12 +1,13 @@
 # Needs Python 3.11 or newer and make; everything else is installed into .venv with pip, at the versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help setup protos test test-gpu check stubs-fresh deploy-sane bench soak clean
+.PHONY: help setup passkey eval eval-16m reference-model dictionary-model protos test test-gpu check stubs-fresh deploy-sane bench soak clean
 
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 BIN := .venv/bin
 READY := .venv/.ready
 PROTOS := $(sort $(wildcard protos/*/v1/*.proto))
+MODELS := model_worker/reference
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos
 
 help:  ## Show the targets
@@ -20,6 +21,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --no-input -c constraints.txt setuptools $$(grep '^torch==' constraints.txt)
 	PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-input -c constraints.txt --no-build-isolation -e '.[worker,curves,dev]'
 	@touch $@
+
+passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,144 tokens (under three minutes on two cores)
+	mkdir -p passkey-results
+	$(BIN)/fot passkey --tokens 262144 --trials 20 --require 1.0 \
+		--json passkey-results/passkey.json --plot passkey-results/passkey.png
+
+reference-model: setup  ## Train the reference model anew from its configuration, into runs/reference (half an hour)
+	$(BIN)/fot train $(MODELS)/reference/train.toml --out runs/reference
+
+dictionary-model: setup  ## Train the model of the dictionary study anew, into runs/dictionary (an hour)
+	$(BIN)/fot train $(MODELS)/dictionary/train.toml --out runs/dictionary
 
 protos: setup  ## Regenerate the gRPC stubs from protos/
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:protos/%=%)
@@ -61,5 +73,5 @@ soak: setup  ## Run the long crash, fault and model tests (hours); sizes by FOT_
 		$(BIN)/pytest -m soak --timeout=0 -s
 
 clean:  ## Remove what builds and tests left, but not .venv
-	rm -rf .cache build dist bench-results *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .cache build dist bench-results passkey-results runs *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

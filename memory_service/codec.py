@@ -181,11 +181,11 @@ def _read_appends(r: pb.AppendSessionsRequest) -> v.AppendSessions:
 
 
 def _write_start(verb: v.StartOperation) -> Message:
-    return pb.StartOperationRequest(memory=verb.memory, kind=m.OPERATION_KIND[verb.kind])
+    return pb.StartOperationRequest(memory=verb.memory, kind=m.OPERATION_KIND[verb.kind], factory=verb.factory)
 
 
 def _read_start(r: pb.StartOperationRequest) -> v.StartOperation:
-    return v.StartOperation(r.memory, m.read_word(m.OPERATION_KINDS, r.kind, "kind"))
+    return v.StartOperation(r.memory, m.read_word(m.OPERATION_KINDS, r.kind, "kind"), r.factory)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------

@@ -425,11 +425,15 @@ class Store:
         memory = self._memory(tenant, verb.memory)
         if verb.kind is OperationKind.INDEX and memory.spec.index.factory == "none":
             raise FailedPrecondition(f"memory {verb.memory!r} was created with index factory none: it is never indexed")
-        return self._operations.start(tenant, verb.memory, verb.kind, self._work(memory, verb.kind))
+        if verb.factory:
+            if verb.kind is not OperationKind.INDEX or verb.factory == "none":
+                raise InvalidArgument(f"{verb.kind} takes no factory {verb.factory!r}: it says how an index is built")
+            check_factory(verb.factory, memory.spec.head_dim)
+        return self._operations.start(tenant, verb.memory, verb.kind, self._work(memory, verb.kind, verb.factory))
 
-    def _work(self, memory: LiveMemory, kind: OperationKind) -> Work:
+    def _work(self, memory: LiveMemory, kind: OperationKind, factory: str) -> Work:
         if kind is OperationKind.INDEX:
-            return lambda progress, cancel: self._upkeep.build_index(memory, progress, cancel)
+            return lambda progress, cancel: self._upkeep.build_index(memory, progress, cancel, factory)
         if kind is OperationKind.COMPACT:
             return lambda progress, cancel: self._upkeep.compact(memory, progress, cancel)
         return lambda progress, cancel: self._upkeep.verify(memory, progress, cancel)

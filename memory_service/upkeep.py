@@ -76,10 +76,10 @@ class Upkeep:
         waiting = sum(one.row.tokens for one in memory.documents.copy().values() if one.row.pk not in inside)
         return waiting >= policy.min_tokens or any(_mostly_dead(unit, memory) for unit in memory.units)
 
-    def build_index(self, memory: LiveMemory, progress: Progress, cancel: Cancel) -> str:
-        """Index what is not indexed, merging smaller units in; a sentence on the outcome."""
+    def build_index(self, memory: LiveMemory, progress: Progress, cancel: Cancel, factory: str = "") -> str:
+        """Index what is not indexed, merging smaller units in; with a factory everything anew; a sentence on it."""
         with self._building, memory.reading():
-            keep, documents = _choose(memory)
+            keep, documents = _choose(memory, anew=bool(factory))
             total = sum(document.row.tokens for document in documents)
             if not total:
                 return "every document is indexed already"
@@ -95,7 +95,7 @@ class Upkeep:
                 return _keys(memory, documents[position], layer)
 
             members = [IndexedDocument(one.row.pk, one.row.generation, one.row.tokens) for one in documents]
-            factory = index.choose_factory(total, spec.head_dim, spec.index.factory)
+            factory = index.choose_factory(total, spec.head_dim, factory or spec.index.factory)
             unit = index.build(secrets.token_hex(8), members, spec, factory, read, cancel, advance)
             if self._indexes is not None:
                 index.save(unit, self._indexes / memory.row.key / unit.name, self._vfs)
@@ -245,9 +245,11 @@ class Upkeep:
         return f"{total:,} bytes in {len(refs)} segments match their checksums"
 
 
-def _choose(memory: LiveMemory) -> tuple[list[IndexUnit], list[LiveDocument]]:
+def _choose(memory: LiveMemory, anew: bool) -> tuple[list[IndexUnit], list[LiveDocument]]:
     """Units that stay, and the documents of the new one: what no unit holds, and units too small to stand beside it."""
     live = {document.row.pk: document for document in memory.documents.copy().values()}
+    if anew:
+        return [], [live[pk] for pk in sorted(live)]
     inside = {one.pk for unit in memory.units for one in unit.documents}
     fresh = {pk: document for pk, document in live.items() if pk not in inside}
     keep = sorted(memory.units, key=lambda unit: -unit.tokens)

@@ -239,6 +239,7 @@ class StartOperation(Verb[Operation]):
     role = Role.ADMIN
     memory: str
     kind: OperationKind
+    factory: str = ""  # Of INDEX: everything anew with this one; empty: what is not indexed yet, with the policy's.
 
 
 @dataclass(frozen=True, slots=True)

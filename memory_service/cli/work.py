@@ -26,10 +26,13 @@ def index(
     token_file: TokenFile = None,
     ca: Ca = None,
     insecure: Insecure = False,
+    factory: Annotated[
+        str, typer.Option(help="Index everything anew with this Faiss factory, or auto; by default only what is new.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Build the index of all committed tokens now, and wait until it is done."""
-    _work(OperationKind.INDEX, name, target, token_file, ca, insecure, json)
+    _work(OperationKind.INDEX, name, target, token_file, ca, insecure, json, factory)
 
 
 def compact(
@@ -57,11 +60,18 @@ def verify(
 
 
 def _work(
-    kind: OperationKind, name: str, target: str, token_file: Path | None, ca: Path | None, insecure: bool, json: bool
+    kind: OperationKind,
+    name: str,
+    target: str,
+    token_file: Path | None,
+    ca: Path | None,
+    insecure: bool,
+    json: bool,
+    factory: str = "",
 ) -> None:
     with connect(target, token_file, ca, insecure) as client:
         memory = client.memory(name)
-        ended = _watched(memory, memory.start(kind))
+        ended = _watched(memory, memory.start(kind, factory=factory))
     if json:
         print_json(ended)
         if ended.state is not OperationState.DONE:

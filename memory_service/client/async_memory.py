@@ -282,9 +282,12 @@ class AsyncMemory:
         """Figures of storage, residency, index and sessions."""
         return await self.connection.run(GetStats(self.name))
 
-    async def start(self, kind: str) -> Operation:
-        """Start "index", "compact" or "verify" in the background; if it runs already, that one is returned."""
-        return await self.connection.run(StartOperation(self.name, word(OperationKind, kind)))
+    async def start(self, kind: str, *, factory: str = "") -> Operation:
+        """Start "index", "compact" or "verify" in the background; if it runs already, that one is returned.
+
+        With a `factory`, "index" indexes everything anew with it; the memory's policy stays as it is.
+        """
+        return await self.connection.run(StartOperation(self.name, word(OperationKind, kind), factory))
 
     async def operation(self, operation_id: str) -> Operation:
         """How far an operation has come."""

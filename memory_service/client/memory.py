@@ -272,9 +272,12 @@ class Memory:
         """Figures of storage, residency, index and sessions."""
         return self.connection.run(GetStats(self.name))
 
-    def start(self, kind: str) -> Operation:
-        """Start "index", "compact" or "verify" in the background; if it runs already, that one is returned."""
-        return self.connection.run(StartOperation(self.name, word(OperationKind, kind)))
+    def start(self, kind: str, *, factory: str = "") -> Operation:
+        """Start "index", "compact" or "verify" in the background; if it runs already, that one is returned.
+
+        With a `factory`, "index" indexes everything anew with it; the memory's policy stays as it is.
+        """
+        return self.connection.run(StartOperation(self.name, word(OperationKind, kind), factory))
 
     def operation(self, operation_id: str) -> Operation:
         """How far an operation has come."""

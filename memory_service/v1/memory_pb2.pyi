@@ -818,12 +818,14 @@ class GetStatsResponse(_message.Message):
     def __init__(self, stats: _Optional[_Union[Stats, _Mapping]] = ...) -> None: ...
 
 class StartOperationRequest(_message.Message):
-    __slots__ = ("memory", "kind")
+    __slots__ = ("memory", "kind", "factory")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    FACTORY_FIELD_NUMBER: _ClassVar[int]
     memory: str
     kind: OperationKind
-    def __init__(self, memory: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ...) -> None: ...
+    factory: str
+    def __init__(self, memory: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., factory: _Optional[str] = ...) -> None: ...
 
 class StartOperationResponse(_message.Message):
     __slots__ = ("operation",)

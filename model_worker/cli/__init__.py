@@ -1,4 +1,4 @@
-"""The worker's commands of `fot`: ingest documents, ask them, generate, see what was attended, measure.
+"""The worker's commands of `fot`: ingest documents, ask them, generate, see what was attended, train, measure.
 
 `fot` finds `register` by the entry point group "fot.commands". A command's module is light: what it needs of torch's
 neighbours is imported when the command runs, so that the rest of `fot` stays fast and works without them.
@@ -23,6 +23,7 @@ Answer = TypeVar("Answer")
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the worker's commands to `fot` and its measurements to `fot bench`."""
+    from model_worker.cli import evaluate, passkey, train
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
     from model_worker.cli.bench import decode, prefill
@@ -33,6 +34,8 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     app.command("ask")(needs_worker(ask))
     app.command("generate")(needs_worker(generate))
     app.command("attention")(needs_worker(attention))
+    for room in (train, passkey, evaluate):
+        room.register(app)
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
 

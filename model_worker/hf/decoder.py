@@ -22,6 +22,7 @@ from model_worker.errors import UnsupportedModel
 from model_worker.positions.rope import Angles, Rope, rotate
 
 NAME = "fot"
+_LOGIT_SCALINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
 
 
 class Step(Protocol):
@@ -102,6 +103,7 @@ class Decoder:
         self.base = base
         self.config = base.config.get_text_config(decoder=True)
         self._body = _body(base)
+        self.verdicts: dict[str, bool] = {}  # What trials found while attached.
         self._rotary = self._body.rotary_emb
         self._before: str | None = None
         self._ropes = _ropes(self._rotary, self.config, longest)
@@ -112,6 +114,11 @@ class Decoder:
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
         types = getattr(self.config, "layer_types", None)
         self._types: list[str] = list(types) if types else ["full_attention"] * self.layers
+
+    @property
+    def body(self) -> Any:
+        """The stack of layers under the head."""
+        return self._body
 
     @property
     def trained_length(self) -> int:
@@ -165,6 +172,7 @@ class Decoder:
             self.base.set_attn_implementation(self._before)
             self._body.rotary_emb = self._rotary
             self._before = None
+            self.verdicts.clear()
 
     @contextmanager
     def off(self) -> Iterator[PreTrainedModel]:
@@ -183,6 +191,22 @@ class Decoder:
         """Run the whole stack on [B, n] tokens: logits [B, keep or n, V] of the last `keep` (0: all)."""
         out = self.base(input_ids=input_ids, use_cache=False, logits_to_keep=keep, step=step)
         return cast(Tensor, out.logits)
+
+    def hidden(self, input_ids: Tensor, step: Step) -> Tensor:
+        """Run the layers and the last norm on [B, n] tokens: [B, n, hidden size], what `head` makes logits of."""
+        return cast(Tensor, self._body(input_ids=input_ids, use_cache=False, step=step).last_hidden_state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of any hidden states [..., hidden size]: where only some tokens matter, only theirs.
+
+        Raises UnsupportedModel for an architecture that does more to its logits than is known here.
+        """
+        for scaling in _LOGIT_SCALINGS:
+            if getattr(self.config, scaling, None) is not None:
+                raise UnsupportedModel(f"{type(self.base).__name__} scales its logits ({scaling}): take `logits`")
+        logits = cast(Tensor, cast(nn.Module, self.base.get_output_embeddings())(hidden))
+        softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
 
     def fill(self, input_ids: Tensor, step: Step) -> None:
         """Run the layers on [B, n] tokens for their keys and values only, until the step says that it has them all."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from memory_service.errors import InvalidArgument
 
-NAMES = ("reference", "dictionary")
+NAMES = ("reference", "lookup", "dictionary")
 
 
 def path(name: str = "reference") -> Path:
-    """The checkpoint's folder: config.json, model.safetensors, tokenizer, card, and the configuration it was trained by.
+    """The checkpoint's folder: configuration, weights, tokenizer, card, and the file it was trained by.
 
     Raises InvalidArgument for a name there is no model of.
     """

@@ -191,7 +191,7 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
     v.Search: (st.builds(v.Search, TEXT, LAYER, GROUPS, OPTIONS), st.lists(TOP_TOKENS, max_size=2).map(tuple)),
     v.Fetch: (st.builds(v.Fetch, TEXT, TEXT, LAYER, INT64, INT64), fetches()),
     v.GetStats: (st.builds(v.GetStats, TEXT), st.builds(t.Stats, TEXT, *[COUNT] * 11)),
-    v.StartOperation: (st.builds(v.StartOperation, TEXT, st.sampled_from(t.OperationKind)), OPERATION),
+    v.StartOperation: (st.builds(v.StartOperation, TEXT, st.sampled_from(t.OperationKind), TEXT), OPERATION),
     v.GetOperation: (st.builds(v.GetOperation, TEXT), OPERATION),
     v.ListOperations: (st.builds(v.ListOperations, TEXT, st.integers(-9, 999), TEXT), pages(OPERATION)),
     v.CancelOperation: (st.builds(v.CancelOperation, TEXT), OPERATION),

@@ -414,3 +414,31 @@ def test_an_index_is_there_again_after_a_restart_whatever_tables_faiss_makes_of_
     with Memory.open(tmp_path, spec=spec) as memory:
         assert memory.stats().indexed_tokens == tokens
         assert memory.attend(0, keys[0, :, :1], top_k=4, engine="index").engine.startswith("index:")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_an_index_can_be_built_anew_with_another_factory(tmp_path: Path, durable: bool) -> None:
+    spec = MemorySpec(Fingerprint("m"), (0,), 1, 16, index=IndexPolicy(min_tokens=1 << 40))
+    keys, values = torch.randn(2, 1, 1, 3000, 16, generator=torch.Generator().manual_seed(1))
+    with Memory.open(tmp_path if durable else ":memory:", spec=spec) as memory:
+        memory.put("first", keys[:, :, :2000], values[:, :, :2000])
+        memory.wait(memory.start("index"))
+        memory.put("second", keys[:, :, 2000:], values[:, :, 2000:])
+        for factory in ("IVF16,SQ8", "HNSW8"):
+            done = memory.wait(memory.start("index", factory=factory))
+            assert (done.state, memory.stats().indexed_tokens) == ("done", 3000)
+            answer = memory.attend(0, keys[0, :, :4], top_k=4, engine="index")
+            assert answer.engine == f"index:{factory}"
+        # Without a factory there is nothing left to do.
+        assert memory.wait(memory.start("index")).message == "every document is indexed already"
+    if durable:
+        with Memory.open(tmp_path) as memory:
+            assert memory.attend(0, keys[0, :, :4], top_k=4, engine="index").engine == "index:HNSW8"
+
+
+@pytest.mark.parametrize(("kind", "factory"), [("index", "PQ3"), ("index", "none"), ("compact", "SQ8"), ("index", "?")])
+def test_a_factory_that_cannot_be_built_is_refused_before_any_work(kind: str, factory: str) -> None:
+    with Memory.open(":memory:", spec=spec_of()) as memory:
+        with pytest.raises(InvalidArgument):
+            memory.start(kind, factory=factory)
+        assert list(memory.operations()) == []

@@ -1,0 +1,320 @@
+"""`fot eval …`: studies of what a model makes of its memory. Each prints a table; JSON and a plot where asked.
+
+Every study takes the same options for the model, the memory and the files; they are described once, in `Shared`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+
+from memory_service import Tls
+from memory_service.errors import InvalidArgument
+from model_worker.cli import evaluate_dictionary, needs_worker
+from model_worker.cli.evaluate_progress import StudyProgress
+from model_worker.cli.opening import IN_MEMORY, check_checkpoint, quiet
+from model_worker.cli.options import (
+    Ca,
+    EngineName,
+    Insecure,
+    MemLayers,
+    Search,
+    Threads,
+    TokenFile,
+    Window,
+    layers_of,
+    search_of,
+)
+from model_worker.cli.passkey import sizes_of
+
+if TYPE_CHECKING:
+    from model_worker.evaluation.report import Report
+    from model_worker.evaluation.subject import Settings, Subject
+
+REFERENCE = "reference"
+STDOUT = Path("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The options of every study."""
+
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="A directory with a checkpoint, or a model that comes with fot: reference."),
+    ]
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory", "--target", "-t", envvar="FOT_TARGET", help=":memory:, a directory, or grpc://host:port."
+        ),
+    ]
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=0, help="Keys a query attends to; 0: every key. By default as the study says."),
+    ]
+    engine: EngineName
+    search: Search
+    mem_layers: MemLayers
+    window: Window
+    threads: Threads
+    seed: Annotated[int, typer.Option(help="The same seed asks the same questions.")]
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write figures, rows and where it ran here; - for standard output.")
+    ]
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it here, a PNG.")]
+    token_file: TokenFile
+    ca: Ca
+    insecure: Insecure
+
+    def settings(self, top_k: int) -> Settings:
+        """What the model and its memory are opened with; `top_k` is the study's choice."""
+        from model_worker.evaluation.subject import Place, Settings
+        from model_worker.settings import Recall
+
+        tls = Tls(ca=self.ca) if self.ca is not None and self.memory.startswith("grpcs://") else None
+        chosen = top_k if self.top_k is None else self.top_k
+        return Settings(
+            recall=Recall(top_k=chosen, engine=self.engine, search=search_of(self.search)),
+            place=Place(self.memory, self.token_file, tls, self.insecure),
+            mem_layers=layers_of(self.mem_layers),
+            window=self.window,
+        )
+
+    @contextmanager
+    def subjects(self, top_k: int) -> Iterator[list[Subject]]:
+        """The models, opened; files are checked before any work."""
+        import torch
+
+        from model_worker.evaluation.report import check_file
+        from model_worker.evaluation.subject import Subject
+
+        check_file(None if self.json == STDOUT else self.json)
+        check_file(self.plot, ".png")
+        settings = self.settings(top_k)
+        directories = [_directory(name) for name in self.model]
+        quiet()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        with ExitStack() as stack:
+            yield [stack.enter_context(Subject.open(one, settings)) for one in directories]
+
+    @contextmanager
+    def subject(self, top_k: int) -> Iterator[Subject]:
+        """The one model. Raises InvalidArgument if more are named."""
+        if len(self.model) > 1:
+            raise InvalidArgument("this study takes one --model; fot eval distraction compares several")
+        with self.subjects(top_k) as (only,):
+            yield only
+
+
+_DEFAULTS: dict[str, Any] = {
+    "model": [REFERENCE], "memory": IN_MEMORY, "top_k": None, "engine": "auto", "seed": 0, "insecure": False,
+}  # fmt: skip
+
+
+def study(command: Callable[..., Report]) -> Callable[..., None]:
+    """A command from a study's own options: those of `Shared` are added, its report is shown, written and drawn."""
+    own = [one for one in inspect.signature(command).parameters.values() if one.name != "shared"]
+    # A report is imported where a study runs: importing it takes torch.
+    kinds = get_type_hints(command, localns={"Report": object}, include_extras=True)
+    common = get_type_hints(Shared, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [one.replace(kind=keyword, annotation=kinds[one.name]) for one in own] + [
+        inspect.Parameter(one.name, keyword, default=_DEFAULTS.get(one.name), annotation=common[one.name])
+        for one in fields(Shared)
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        shared = Shared(**{one.name: given.pop(one.name) for one in fields(Shared)})
+        _tell(command(shared=shared, **given), shared)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def register(fot: typer.Typer) -> None:
+    """Add `fot eval` and its studies."""
+    app = typer.Typer(no_args_is_help=True, help="Study what a model makes of its memory.")
+    for command in (needle, lookup, distraction, ruler, perplexity, dense, approximation):
+        app.command(command.__name__)(needs_worker(study(command)))
+    evaluate_dictionary.register(app)
+    fot.add_typer(app, name="eval")
+
+
+# --- The studies ----------------------------------------------------------------------------------------------------
+
+Lengths = Annotated[str, typer.Option("--lengths", metavar="N[,N…]", help="Tokens in memory, such as 4K,16K,64K.")]
+Haystacks = Annotated[str, typer.Option(help="keys, lookup, or both with a comma between.")]
+Questions = Annotated[int, typer.Option(help="Questions over each memory.")]
+
+
+def needle(
+    shared: Shared,
+    fillers: Annotated[
+        str, typer.Option(help="Haystacks: landmark, text, code, random.")
+    ] = "landmark,text,code,random",
+    lengths: Lengths = "4K,16K,64K",
+    trials: Annotated[int, typer.Option(help="Prompts of each haystack and length.")] = 10,
+    depths: Annotated[int, typer.Option(help="Stretches of depth told apart.")] = 5,
+) -> Report:
+    """Pass keys at every depth of four kinds of haystack: a grid of depth and length; about two minutes."""
+    from model_worker.evaluation import needle as job
+
+    with shared.subject(32) as subject, StudyProgress("needle") as tell:
+        return job.run(
+            subject, fillers=_words(fillers), lengths=sizes_of(lengths, "--lengths"), trials=trials, depths=depths,
+            seed=shared.seed, tell=tell,
+        )  # fmt: skip
+
+
+def lookup(
+    shared: Shared,
+    lengths: Lengths = "4K,16K,32K",
+    questions: Questions = 100,
+) -> Report:
+    """UUID keys to UUID values in a JSON object (∞-Bench's Retrieve.KV), many keys over one memory; a minute."""
+    from model_worker.evaluation import lookup as job
+
+    with shared.subject(32) as subject, StudyProgress("lookup") as tell:
+        return job.run(
+            subject, lengths=sizes_of(lengths, "--lengths"), questions=questions, seed=shared.seed, tell=tell
+        )  # fmt: skip
+
+
+def distraction(
+    shared: Shared,
+    documents: Annotated[int, typer.Option(help="The most documents in memory, a power of two.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Of each document.")] = 512,
+    kinds: Annotated[str, typer.Option(help="keys, text, or both with a comma between.")] = "keys,text",
+) -> Report:
+    """Attention mass on the right document among 1 to 64 (FoT's r_d); several --model are compared; a minute each."""
+    from model_worker.evaluation import distraction as job
+
+    with shared.subjects(0) as subjects, StudyProgress("distraction") as tell:
+        return job.run(
+            subjects, documents=documents, tokens=tokens, kinds=_words(kinds), seed=shared.seed, tell=tell
+        )  # fmt: skip
+
+
+def ruler(
+    shared: Shared,
+    tasks: Annotated[str | None, typer.Option(help="Tasks with commas between; by default all.")] = None,
+    lengths: Lengths = "4K,16K",
+    samples: Annotated[int, typer.Option(help="Prompts of each task and length.")] = 5,
+) -> Report:
+    """RULER's synthetic tasks: needles, variable tracking, common and frequent words; share of answers found."""
+    from model_worker.evaluation import ruler as job
+
+    with shared.subject(32) as subject, StudyProgress("ruler") as tell:
+        return job.run(
+            subject, tasks=job.TASKS if tasks is None else _words(tasks), lengths=sizes_of(lengths, "--lengths"),
+            samples=samples, seed=shared.seed, tell=tell,
+        )  # fmt: skip
+
+
+def perplexity(
+    shared: Shared,
+    most: Annotated[int, typer.Option(help="The most files in memory.")] = 8,
+    pieces: Annotated[int, typer.Option(help="Windows to predict.")] = 48,
+    file_tokens: Annotated[int, typer.Option("--file-tokens", help="Tokens of a file that are remembered.")] = 4096,
+) -> Report:
+    """Predicting held-out code with 0 to N earlier files in memory, its own past, and unrelated files; a minute."""
+    from model_worker.evaluation import perplexity as job
+
+    with shared.subject(0) as subject, StudyProgress("perplexity") as tell:
+        return job.run(
+            subject, most=most, pieces=pieces, file_tokens=file_tokens, seed=shared.seed, tell=tell
+        )  # fmt: skip
+
+
+def dense(
+    shared: Shared,
+    haystacks: Haystacks = "keys,lookup",
+    lengths: Lengths = "4K,16K,64K",
+    ks: Annotated[str, typer.Option("--ks", metavar="N[,N…]", help="The k of the top k.")] = "1,4,16,64,256",
+    questions: Questions = 32,
+) -> Report:
+    """Attention to every key against exact top-k as the memory grows: accuracy and captured mass; two minutes."""
+    from model_worker.evaluation import dense as job
+
+    with shared.subject(0) as subject, StudyProgress("dense") as tell:
+        return job.run(
+            subject, haystacks=_words(haystacks), lengths=sizes_of(lengths, "--lengths"), top_k=sizes_of(ks, "--ks"),
+            questions=questions, seed=shared.seed, tell=tell,
+        )  # fmt: skip
+
+
+def approximation(
+    shared: Shared,
+    haystacks: Haystacks = "keys,lookup",
+    tokens: Annotated[str, typer.Option(help="In memory, such as 64K.")] = "64K",
+    questions: Questions = 32,
+    factories: Annotated[
+        list[str] | None,
+        typer.Option("--index", metavar="FACTORY", help="An index, as in IVF512,SQ8; may be given several times."),
+    ] = None,
+    probes: Annotated[str, typer.Option(metavar="N[,N…]", help="Lists visited of those that have some.")] = "1,4,16,64",
+) -> Report:
+    """Exact search against IVF, SQ8, PQ, RaBitQ and HNSW on the model's own keys; about three minutes."""
+    from model_worker.evaluation import approximation as job
+
+    with shared.subject(job.TOP_K) as subject, StudyProgress("approximation") as tell:
+        return job.run(
+            subject, haystacks=_words(haystacks), tokens=_size(tokens), questions=questions,
+            top_k=subject.settings.recall.top_k, factories=factories or job.FACTORIES,
+            probes=sizes_of(probes, "--probes"), seed=shared.seed, tell=tell,
+        )  # fmt: skip
+
+
+# --- What they share ------------------------------------------------------------------------------------------------
+
+
+def _size(text: str) -> int:
+    sizes = sizes_of(text, "--tokens")
+    if len(sizes) > 1:
+        raise InvalidArgument(f"--tokens takes one length here, got {text!r}")
+    return sizes[0]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.strip() for one in text.split(",") if one.strip()))
+
+
+def _directory(model: str) -> Path:
+    """The checkpoint that --model names: a directory, or one that comes with the package."""
+    from model_worker import reference
+
+    directory = reference.path(model) if model in reference.NAMES and not Path(model).is_dir() else Path(model)
+    check_checkpoint(directory)
+    return directory
+
+
+def _tell(report: Report, shared: Shared) -> None:
+    """Show, write and draw what a study found."""
+    from model_worker.evaluation.report import show
+
+    job = import_module(f"model_worker.evaluation.{report.study}")
+    if shared.json == STDOUT:
+        sys.stdout.write(report.to_json())
+    else:
+        show(report, job.COLUMNS)
+        if shared.json is not None:
+            report.save(shared.json)
+    if shared.plot is not None:
+        from model_worker.evaluation.pictures import save
+
+        save(job.picture(report), shared.plot)
+        Console(stderr=True, highlight=False).print(f"wrote {shared.plot}", markup=False, soft_wrap=True)

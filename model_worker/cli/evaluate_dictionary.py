@@ -1,0 +1,111 @@
+"""`fot eval dictionary`: look-up in dictionaries of up to 16M tokens and more, exactly and through indexes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from model_worker.cli import needs_worker
+from model_worker.cli.evaluate_progress import StudyProgress
+from model_worker.cli.opening import IN_MEMORY, check_checkpoint, quiet
+from model_worker.cli.options import Insecure, Threads, TokenFile
+from model_worker.cli.passkey import sizes_of
+
+if TYPE_CHECKING:
+    from model_worker.evaluation.report import Report
+
+MODEL = "dictionary"
+STDOUT = Path("-")
+
+
+def register(app: typer.Typer) -> None:
+    """Add `dictionary` to `fot eval`."""
+    app.command("dictionary")(needs_worker(dictionary))
+
+
+def dictionary(
+    sizes: Annotated[str, typer.Option(metavar="N[,N…]", help="Tokens of definitions: 4K,64K,1M,16M.")] = "4K,64K,1M",
+    questions: Annotated[int, typer.Option(help="At each size, rounded up to whole windows.")] = 550,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="ENGINE",
+            help="exact, dense, or faiss:FACTORY as in faiss:IVF4096,SQ8, if need be with ?nprobe=16&candidates=64; "
+            "may be given several times. By default exact and faiss:auto.",
+        ),
+    ] = None,
+    probes: Annotated[
+        str, typer.Option(metavar="N[,N…]", help="Lists visited, for indexes that do not say behind a ?.")
+    ] = "4,16,64",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A directory with a checkpoint, or one that comes with fot.")
+    ] = MODEL,
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory", "--target", "-t", envvar="FOT_TARGET", help=":memory:, a directory, or grpc://host:port."
+        ),
+    ] = IN_MEMORY,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Keys a query attends to.")] = 32,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Also let the model go on from its own answers.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same dictionary and questions.")] = 0,
+    threads: Threads = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write figures, rows and where it ran here; - for standard output.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw records right by size here, a PNG.")] = None,
+    plot_search: Annotated[
+        Path | None, typer.Option("--plot-search", help="Draw recall by time of the largest size here, a PNG.")
+    ] = None,
+    token_file: TokenFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """FoT's dictionary look-up against memory size, exact and through Faiss indexes.
+
+    Up to 1M tokens in a few minutes; 16M take half an hour and 12 GB of RAM.
+    """
+    import torch
+
+    from model_worker import reference
+    from model_worker.evaluation import dictionary as job
+    from model_worker.evaluation.dictionary_memory import Place, Player
+    from model_worker.evaluation.report import check_file
+
+    check_file(None if json == STDOUT else json)
+    for picture in (plot, plot_search):
+        check_file(picture, ".png")
+    directory = reference.path(model) if model in reference.NAMES and not Path(model).is_dir() else Path(model)
+    check_checkpoint(directory)
+    quiet()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with StudyProgress("dictionary") as tell:
+        report = job.run(
+            Player.open(directory), Place(memory, token_file, insecure), sizes=sizes_of(sizes, "--sizes"),
+            questions=questions, engines=engine or job.ENGINES, probes=sizes_of(probes, "--probes"), top_k=top_k,
+            greedy=greedy, seed=seed, tell=tell,
+        )  # fmt: skip
+    _finish(report, json, plot, plot_search)
+
+
+def _finish(report: Report, json: Path | None, plot: Path | None, plot_search: Path | None) -> None:
+    from model_worker.evaluation import dictionary as job
+    from model_worker.evaluation.report import show
+
+    if json == STDOUT:
+        sys.stdout.write(report.to_json())
+    else:
+        show(report, job.COLUMNS)
+        if json is not None:
+            report.save(json)
+    for path, draw in ((plot, job.picture), (plot_search, job.search_picture)):
+        if path is not None:
+            from model_worker.evaluation.pictures import save
+
+            save(draw(report), path)
+            Console(stderr=True, highlight=False).print(f"wrote {path}", markup=False, soft_wrap=True)
