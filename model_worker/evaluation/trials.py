@@ -111,7 +111,8 @@ class Band:
     @property
     def name(self) -> str:
         """0–10 %"""
-        return f"{100 * self.low:.3g}–{100 * self.high:.3g} %"
+        form = ".0f" if self.high - self.low >= 0.01 else ".3g"  # Narrower ones would be named alike.
+        return f"{100 * self.low:{form}}–{100 * self.high:{form}} %"
 
     def row(self) -> dict[str, Any]:
         """As it is written to JSON and tables; means over its trials."""

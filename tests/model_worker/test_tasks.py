@@ -60,10 +60,10 @@ class Blocks:
         return [self.encode(text) for text in texts]
 
     def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
-        raise NotImplementedError
+        raise AssertionError("not asked for here")
 
     def decode(self, ids: Sequence[int]) -> str:
-        raise NotImplementedError
+        raise AssertionError("not asked for here")
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------------------------
