@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer and make; everything else is installed into .venv with pip, at the versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help setup passkey eval eval-16m reference-model dictionary-model protos test test-gpu check stubs-fresh deploy-sane bench soak clean
+.PHONY: help setup passkey reference-model lookup-model dictionary-model protos test test-gpu check stubs-fresh deploy-sane bench soak clean
 
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
@@ -11,7 +11,7 @@ MODELS := model_worker/reference
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 — \2/p' $(MAKEFILE_LIST) | awk -F ' — ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 — \2/p' $(MAKEFILE_LIST) | awk -F ' — ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Create .venv and install everything at its pinned version (quick when nothing changed)
 
@@ -29,6 +29,9 @@ passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,1
 
 reference-model: setup  ## Train the reference model anew from its configuration, into runs/reference (half an hour)
 	$(BIN)/fot train $(MODELS)/reference/train.toml --out runs/reference
+
+lookup-model: setup  ## Train the look-up model anew, on from the reference model, into runs/lookup (half an hour)
+	$(BIN)/fot train $(MODELS)/lookup/train.toml --out runs/lookup
 
 dictionary-model: setup  ## Train the model of the dictionary study anew, into runs/dictionary (an hour)
 	$(BIN)/fot train $(MODELS)/dictionary/train.toml --out runs/dictionary
