@@ -27,10 +27,13 @@ passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,1
 	$(BIN)/fot passkey --tokens 262144 --trials 20 --require 1.0 \
 		--json passkey-results/passkey.json --plot passkey-results/passkey.png
 
-reference-model: setup  ## Train the reference model anew from its configuration, into runs/reference (half an hour)
+runs/reference-first/model: | setup
+	$(BIN)/fot train $(MODELS)/reference/first.toml --out runs/reference-first
+
+reference-model: setup runs/reference-first/model  ## Train the reference model anew, into runs/reference (an hour)
 	$(BIN)/fot train $(MODELS)/reference/train.toml --out runs/reference
 
-lookup-model: setup  ## Train the look-up model anew, on from the reference model, into runs/lookup (an hour and a half)
+lookup-model: setup runs/reference-first/model  ## Train the look-up model anew, into runs/lookup (two hours)
 	$(BIN)/fot train $(MODELS)/lookup/first.toml --out runs/lookup-first
 	$(BIN)/fot train $(MODELS)/lookup/train.toml --out runs/lookup
 
