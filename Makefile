@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer and make; everything else is installed into .venv with pip, at the versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help setup passkey reference-model lookup-model dictionary-model protos test test-gpu check stubs-fresh deploy-sane bench soak clean
+.PHONY: help setup passkey eval eval-16m reference-model lookup-model dictionary-model protos test test-gpu check stubs-fresh deploy-sane bench soak clean
 
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
@@ -26,6 +26,18 @@ passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,1
 	mkdir -p passkey-results
 	$(BIN)/fot passkey --tokens 262144 --trials 20 --require 1.0 \
 		--json passkey-results/passkey.json --plot passkey-results/passkey.png
+
+STUDY = $(BIN)/fot eval $(1) --json eval-results/$(1).json --plot eval-results/$(1).png
+eval: setup  ## Run every study with the models that come along; results go to eval-results/ (half an hour)
+	mkdir -p eval-results
+	$(call STUDY,needle)
+	$(call STUDY,lookup) --model lookup
+	$(call STUDY,ruler)
+	$(call STUDY,perplexity)
+	$(call STUDY,dense)
+	$(call STUDY,approximation)
+	$(call STUDY,distraction)
+	$(call STUDY,dictionary) --model dictionary
 
 runs/reference-first/model: | setup
 	$(BIN)/fot train $(MODELS)/reference/first.toml --out runs/reference-first
@@ -80,5 +92,5 @@ soak: setup  ## Run the long crash, fault and model tests (hours); sizes by FOT_
 		$(BIN)/pytest -m soak --timeout=0 -s
 
 clean:  ## Remove what builds and tests left, but not .venv
-	rm -rf .cache build dist bench-results passkey-results runs *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .cache build dist bench-results eval-results passkey-results runs *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

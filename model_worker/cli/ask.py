@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from model_worker.cli.console import print_json
-from model_worker.cli.opening import check_checkpoint, load_model, load_tokenizer
+from model_worker.cli.opening import checkpoint_of, load_model, load_tokenizer
 from model_worker.cli.options import (
     NAME,
     TARGET,
@@ -114,7 +114,7 @@ def ask(
         timeout_s=timeout_s,
     )
     extend = self_extend_of(group, neighbours, logit_scaling)
-    check_checkpoint(model)
+    model = checkpoint_of(model)
     with ExitStack() as opened:
         memory = opened.enter_context(open_documents(target, name, token_file, ca, insecure, recall))
 

@@ -10,7 +10,7 @@ import typer
 
 from memory_service.errors import InvalidArgument
 from model_worker.cli.console import say
-from model_worker.cli.opening import check_checkpoint, load_model, load_tokenizer
+from model_worker.cli.opening import checkpoint_of, load_model, load_tokenizer
 from model_worker.cli.options import (
     NAME,
     TARGET,
@@ -93,7 +93,7 @@ def attention(
         min_coverage=min_coverage,
         timeout_s=timeout_s,
     )
-    check_checkpoint(model)
+    model = checkpoint_of(model)
     with ExitStack() as opened:
         memory = opened.enter_context(open_documents(target, name, token_file, ca, insecure, recall))
 

@@ -22,7 +22,7 @@ from memory_service import Tls
 from memory_service.errors import InvalidArgument
 from model_worker.cli import evaluate_dictionary, needs_worker
 from model_worker.cli.evaluate_progress import StudyProgress
-from model_worker.cli.opening import IN_MEMORY, check_checkpoint, quiet
+from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet
 from model_worker.cli.options import (
     Ca,
     EngineName,
@@ -102,7 +102,7 @@ class Shared:
         check_file(None if self.json == STDOUT else self.json)
         check_file(self.plot, ".png")
         settings = self.settings(top_k)
-        directories = [_directory(name) for name in self.model]
+        directories = [checkpoint_of(name) for name in self.model]
         quiet()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -291,15 +291,6 @@ def _size(text: str) -> int:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one.strip() for one in text.split(",") if one.strip()))
-
-
-def _directory(model: str) -> Path:
-    """The checkpoint that --model names: a directory, or one that comes with the package."""
-    from model_worker import reference
-
-    directory = reference.path(model) if model in reference.NAMES and not Path(model).is_dir() else Path(model)
-    check_checkpoint(directory)
-    return directory
 
 
 def _tell(report: Report, shared: Shared) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from model_worker.cli import needs_worker
 from model_worker.cli.evaluate_progress import StudyProgress
-from model_worker.cli.opening import IN_MEMORY, check_checkpoint, quiet
+from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet
 from model_worker.cli.options import Insecure, Threads, TokenFile
 from model_worker.cli.passkey import sizes_of
 
@@ -71,7 +71,6 @@ def dictionary(
     """
     import torch
 
-    from model_worker import reference
     from model_worker.evaluation import dictionary as job
     from model_worker.evaluation.dictionary_memory import Place, Player
     from model_worker.evaluation.report import check_file
@@ -79,8 +78,7 @@ def dictionary(
     check_file(None if json == STDOUT else json)
     for picture in (plot, plot_search):
         check_file(picture, ".png")
-    directory = reference.path(model) if model in reference.NAMES and not Path(model).is_dir() else Path(model)
-    check_checkpoint(directory)
+    directory = checkpoint_of(model)
     quiet()
     if threads is not None:
         torch.set_num_threads(threads)

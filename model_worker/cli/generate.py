@@ -11,7 +11,7 @@ import typer
 
 from memory_service.errors import InvalidArgument
 from model_worker.cli.console import print_json
-from model_worker.cli.opening import check_checkpoint, load_model, load_tokenizer
+from model_worker.cli.opening import checkpoint_of, load_model, load_tokenizer
 from model_worker.cli.options import (
     NAME,
     Ca,
@@ -127,7 +127,7 @@ def generate(
         timeout_s=timeout_s,
     )
     extend = self_extend_of(group, neighbours, logit_scaling)
-    check_checkpoint(model)
+    model = checkpoint_of(model)
     with ExitStack() as opened:
         memory = None
         if target is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from memory_service import DType, Memory, MemorySpec, NotFound, Tls
 from memory_service.errors import InvalidArgument
+from model_worker import reference
 from model_worker.settings import Recall, SelfExtend
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def load_model(
 
     Raises InvalidArgument if there is no checkpoint, UnsupportedModel, and WrongModel if the memory is another model's.
     """
-    check_checkpoint(directory)
+    directory = checkpoint_of(directory)
     import torch
 
     from model_worker.fitting import spec_of
@@ -102,7 +103,7 @@ def load_model(
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises InvalidArgument if there is none."""
-    check_checkpoint(directory)
+    directory = checkpoint_of(directory)
     from transformers import AutoTokenizer
 
     quiet()
@@ -113,10 +114,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise InvalidArgument(f"{directory} has no tokenizer that transformers can read: {reason}") from None
 
 
-def check_checkpoint(directory: Path) -> None:
-    """Raise InvalidArgument unless a checkpoint lies there; nothing is ever downloaded."""
+def checkpoint_of(model: str | Path) -> Path:
+    """What --model names: a directory, or a model that comes with the package. Nothing is ever downloaded.
+
+    Raises InvalidArgument unless a checkpoint lies there.
+    """
+    directory = Path(model)
+    if str(model) in reference.NAMES and not directory.is_dir():
+        directory = reference.path(str(model))
     if not (directory / "config.json").is_file():
-        raise InvalidArgument(f"{directory} is no checkpoint: it has no config.json; --model takes a directory")
+        raise InvalidArgument(
+            f"{directory} is no checkpoint: it has no config.json; --model takes a directory, or "
+            f"{', '.join(reference.NAMES)}, which come with the package"
+        )
+    return directory
 
 
 def quiet() -> None:

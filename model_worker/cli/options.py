@@ -22,7 +22,14 @@ NAME = "default"
 
 # --- Which model ----------------------------------------------------------------------------------------------------
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="A directory with a Hugging Face checkpoint.")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A directory with a Hugging Face checkpoint, or reference, lookup or dictionary: models that come along.",
+    ),
+]
 MemLayers = Annotated[
     str | None,
     typer.Option(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from memory_service import DType, Engine, FailedPrecondition, Tls
 from memory_service.errors import InvalidArgument
-from model_worker.cli.opening import IN_MEMORY, PATIENCE_S, check_checkpoint, load_tokenizer, quiet
+from model_worker.cli.opening import IN_MEMORY, PATIENCE_S, checkpoint_of, load_tokenizer, quiet
 from model_worker.cli.options import (
     Ca,
     Device,
@@ -129,7 +129,7 @@ def passkey(
     asking = _asking(store, top_k, engine, search, index)
     check_file(None if json == Path(STDOUT) else json)
     check_file(plot, ".png")
-    directory = _directory(model)
+    directory = checkpoint_of(model)
     tokenizer = tokens_of(load_tokenizer(directory))
     with ExitStack() as opened:
         client = opened.enter_context(_client(memory, token_file, ca, insecure))
@@ -179,15 +179,6 @@ def _one_of(kind: Any, word: str, option: str) -> Any:
         return kind(word)
     except ValueError:
         raise InvalidArgument(f"{option} is one of {', '.join(kind)}, got {word!r}") from None
-
-
-def _directory(model: str) -> Path:
-    """The checkpoint that --model names: a directory, or one that comes with the package."""
-    from model_worker import reference
-
-    directory = reference.path(model) if model in reference.NAMES and not Path(model).is_dir() else Path(model)
-    check_checkpoint(directory)
-    return directory
 
 
 def _client(target: str, token_file: Path | None, ca: Path | None, insecure: bool) -> Client:
