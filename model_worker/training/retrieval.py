@@ -79,11 +79,15 @@ class RetrievalSource:
         *,
         uuid: float = 0.0,
         plain: float = 0.7,
+        copied: float = WEIGHTS[Role.COPIED],
     ):
         """`uuid`: share of documents that are UUID look-ups; `plain`: share of groups where one label is "pass key".
 
-        `texts` is what real text and code are drawn from; None: what this machine has for training.
+        `copied`: what predicting a value's later tokens is worth, for whoever must copy all of it. `texts` is what real
+        text and code are drawn from; None: what this machine has for training.
         """
+        if not copied >= 0:
+            raise InvalidArgument(f"copied is a weight of 0 or more, got {copied}")
         for name, share in (("uuid", uuid), ("plain", plain)):
             if not 0 <= share <= 1:
                 raise InvalidArgument(f"{name} is a share from 0 to 1, got {share}")
@@ -92,6 +96,7 @@ class RetrievalSource:
         self._seed = seed
         self._uuid = uuid
         self._plain = plain
+        self._weights = {**WEIGHTS, Role.COPIED: copied}
         found = corpus.texts(Split.TRAIN) if texts is None else texts
         code, prose = (
             corpus.token_ids([one for one in found if one.kind is kind], tokenizer) for kind in (Kind.CODE, Kind.PROSE)
@@ -265,7 +270,7 @@ class RetrievalSource:
         """The parts' tokens, and the part that each belongs to; `plain` is the weight of the plain ones."""
         ids, owners = self._encode(parts)
         place = np.array(owners, dtype=np.int64)
-        weights = np.array([plain if p.role is Role.PLAIN else WEIGHTS[p.role] for p in parts], dtype=np.float32)
+        weights = np.array([plain if p.role is Role.PLAIN else self._weights[p.role] for p in parts], dtype=np.float32)
         answers = np.array([part.role is Role.ANSWER for part in parts])
         return Piece(np.array(ids, dtype=np.int64), weights[place], answers[place]), place
 
