@@ -194,15 +194,17 @@ class TopK:
         best = torch.cat([self.scores[heads, rows], scores], dim=2).topk(self.top_k, dim=2, sorted=False).indices
         chosen = torch.zeros(*scores.shape[:2], self.top_k + scores.shape[2], dtype=torch.bool, device=scores.device)
         chosen.scatter_(2, best, True)
-        fresh = chosen[:, :, self.top_k :] & (scores > -torch.inf)
+        fresh = chosen[:, :, self.top_k :] & (scores != -torch.inf)
         # Only slots that are given up are written: moving the values of all others costs more than everything else
         # where keys come in many chunks. Where padding was chosen, more slots are given up than there is to fill.
         free = ~chosen[:, :, : self.top_k]
         free &= free.cumsum(2) <= fresh.sum(2, keepdim=True)
         head, row, place = fresh.nonzero(as_tuple=True)
-        self.scores[heads, rows][free] = scores[fresh]
-        self.rows[heads, rows][free] = found[fresh] + chunk.base
-        self.values[heads, rows][free] = chunk.values[heads][head, found[head, row, place]].float()
+        slot = free.nonzero(as_tuple=True)[2]  # As many of every row, in the same order.
+        places = found[head, row, place]
+        self.scores[heads, rows][head, row, slot] = scores[head, row, place]
+        self.rows[heads, rows][head, row, slot] = places + chunk.base
+        self.values[heads, rows][head, row, slot] = chunk.values[heads][head, places].float()
 
 
 class Dense:
@@ -251,14 +253,14 @@ class Dense:
             groups = [slice(head, min(head + heads, h)) for head in range(0, h, heads)]
             for group in groups:
                 self.cancel.check()
-                for ranges, score in zip(part, scores[group].split(sizes, 2), strict=True):
+                for ranges, score in zip(part, scores[group].split_with_sizes(sizes, 2), strict=True):
                     keys = _loaded(chunk.keys[group], ranges, scratch)
                     torch.bmm(self.queries[group], keys.mT, out=score)
             best = scores.amax(2, keepdim=True)
             weights = scores.sub_(best).exp_()
             for group in groups:
                 self.cancel.check()
-                for ranges, weight in zip(part, weights[group].split(sizes, 2), strict=True):
+                for ranges, weight in zip(part, weights[group].split_with_sizes(sizes, 2), strict=True):
                     output[group].baddbmm_(weight, _loaded(chunk.values[group], ranges, scratch))
             total = weights.sum(2, keepdim=True)
             self._merge(slice(0, h), Partial(output.div_(total), (best + total.log()).squeeze(2)))

@@ -22,7 +22,6 @@ Run = tuple[int, int]  # Half-open range of rows.
 
 _FIRST_ROWS = 1024
 _SLAB_BYTES = 256 << 20
-_MAPPED_GROWTH = 8
 
 
 def slab_rows(spec: MemorySpec, limit_bytes: int = _SLAB_BYTES) -> int:
@@ -110,10 +109,8 @@ class Slab:
     def _grow(self, rows: int) -> None:
         if rows <= self._rows:
             return
-        # Rows nobody wrote to are no RAM yet where the system maps pages at the first touch: there, growing in large
-        # steps spares copies and, of what was copied, new pages. Elsewhere a small session must stay small.
-        factor = _MAPPED_GROWTH if self._device.type == "cpu" else 2
-        target = min(self.capacity, max(rows, factor * self._rows))
+        # Doubling: a token is copied about once more than it is written, and a small session stays small.
+        target = min(self.capacity, max(rows, 2 * self._rows))
         shape = (self.spec.kv_heads, target, self.spec.head_dim)
         for tensors in (self._keys, self._values):
             grown = []
