@@ -18,21 +18,19 @@ from torch import Tensor
 
 from memory_service import Attended, Partial, Scope, SessionScope
 from memory_service.types import SessionAppend
-from model_worker.attention.strips import LONGEST
+from model_worker.attention.room import Room
 from model_worker.hf.crew import Crew
 from model_worker.hf.decoder import Decoder
 from model_worker.hf.lean import Lean, lean_of
 from model_worker.positions.policy import Policy
-from model_worker.positions.rope import Angles
 from model_worker.recall.reader import Promise, Reader, whole_scope
 from model_worker.recall.rows import Row, Rows, Stretch
 from model_worker.settings import FotConfig, Recall
-from model_worker.steps import FillStep, LoadStep, Piece, Store, spread
+from model_worker.steps import LoadStep, Piece, Store, spread
 
 OnLogits = Callable[[Piece, Tensor], None]
 
-_PASS_TOKENS = 1024  # Of a lean pass: what lies between two of its products should stay in a core's cache.
-_CREW_BYTES = 512 << 20  # Of working memory: passes of wide models take turns rather than run side by side.
+_PASS_TOKENS = 2048  # Of a lean pass at most: what lies between two of its products should stay in a cache.
 
 
 def cut(row: int, stop: int, window: int, overlap: int, pads: int = 0) -> list[Piece]:
@@ -66,10 +64,12 @@ def load(
     """
     if not fot.mem_layers and on_logits is None:
         return
-    lean = None if on_logits is not None or store is None else _lean(decoder, fot, policies, pieces)
-    if lean is not None and store is not None:
-        _fill(lean, decoder, fot, policies, pieces, texts, store, on_block)
-        return
+    if on_logits is None and store is not None and pieces:
+        tokens, longest = sum(piece.tokens for piece in pieces), max(piece.tokens for piece in pieces)
+        lean = lean_of(decoder, fot, tokens, longest)
+        if lean is not None:
+            _load_lean(lean, fot, pieces, texts, store, on_block)
+            return
     stop_after = None if on_logits is not None else fot.mem_layers[-1]
     for block in blocks(pieces, fot.block_tokens):
         ids = _ids(block, texts)
@@ -84,72 +84,51 @@ def load(
             on_block(sum(piece.stop - piece.fresh for piece in block))
 
 
+def _load_lean(
+    lean: Lean,
+    fot: FotConfig,
+    pieces: Sequence[Piece],
+    texts: Sequence[Tensor],
+    store: Store,
+    on_block: Callable[[int], None] | None,
+) -> None:
+    """The same by the lean pass: blocks side by side on all cores, stored by the caller's thread and in order."""
+    found = deque[tuple[list[Piece], Future[tuple[Tensor, Tensor]]]]()
+
+    def settle() -> None:
+        block, part = found.popleft()
+        store.append(fot.mem_layers[-1], block, *part.result())
+        if on_block is not None:
+            on_block(sum(piece.stop - piece.fresh for piece in block))
+
+    todo = list(blocks(pieces, min(fot.block_tokens, _PASS_TOKENS)))
+    with Crew(len(todo)) as crew:
+        for block in todo:
+            found.append((block, crew.submit(partial(_filled, lean, block, texts))))
+            if len(found) == 2 * crew.threads:
+                settle()
+        while found:
+            settle()
+
+
+def _filled(lean: Lean, block: Sequence[Piece], texts: Sequence[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, n, D] of a block's windows; what memory has of all of them already is left as it comes."""
+    ids, known = _ids(block, texts), min(piece.fresh - piece.start for piece in block)
+    whole = []
+    for part in lean.fill(ids, known, room):
+        batch, heads, _, dim = part.shape
+        whole.append(torch.empty(batch, heads, ids.shape[1], dim, dtype=part.dtype))
+        whole[-1][:, :, known:] = part
+    keys, values = whole
+    return keys, values
+
+
 def _ids(block: Sequence[Piece], texts: Sequence[Tensor]) -> Tensor:
     """The tokens of a block's windows, padded on the right: [B, n]."""
     ids = torch.zeros(len(block), max(piece.tokens for piece in block), dtype=torch.int64)
     for number, piece in enumerate(block):
         ids[number, : piece.tokens] = texts[piece.row][piece.start : piece.stop]
     return ids
-
-
-def _lean(decoder: Decoder, fot: FotConfig, policies: Sequence[Policy], pieces: Sequence[Piece]) -> Lean | None:
-    last, longest = fot.mem_layers[-1], max((piece.tokens for piece in pieces), default=0)
-    plain: dict[int, Angles | None] = {}
-    for layer in range(last):
-        sliding, policy = decoder.sliding(layer), policies[layer]
-        if layer in fot.mem_layers or policy.self_extend is not None or longest > LONGEST:
-            continue
-        if (sliding is None or sliding >= longest) and policy.rope.rotary_dims == decoder.head_dim:
-            plain[layer] = policy.angles(torch.arange(longest), torch.empty(0))
-    return lean_of(decoder, last, sum(piece.tokens for piece in pieces), plain)
-
-
-def _fill(
-    lean: Lean,
-    decoder: Decoder,
-    fot: FotConfig,
-    policies: Sequence[Policy],
-    pieces: Sequence[Piece],
-    texts: Sequence[Tensor],
-    store: Store,
-    on_block: Callable[[int], None] | None,
-) -> None:
-    """The same by the lean pass: a few windows at a time, so that they stay in a core's cache, on all cores."""
-    # Windows read what stands before them in every memory layer but the last: then blocks must come in order.
-    apart = len(fot.mem_layers) == 1
-    size = min(fot.block_tokens, _PASS_TOKENS) if apart else fot.block_tokens
-    width = (decoder.kv_heads, max(piece.tokens for piece in pieces), decoder.head_dim)
-    with Crew(_CREW_BYTES // max(1, lean.bytes_per_token * max(size, width[1])) if apart else 1) as crew:
-        waiting: deque[tuple[list[Piece], Tensor, list[Future[None]]]] = deque()
-        spare: list[Tensor] = []  # Stores copy what they keep.
-
-        def settle() -> None:
-            block, found, parts = waiting.popleft()
-            for part in parts:
-                part.result()
-            store.append(fot.mem_layers[-1], block, *found[:, : len(block)].unbind())
-            spare.append(found)
-            if on_block is not None:
-                on_block(sum(piece.stop - piece.fresh for piece in block))
-
-        for block in blocks(pieces, fot.block_tokens):
-            fitting = [one for one in spare if one.shape[1] >= len(block)]
-            found = fitting[0] if fitting else torch.empty(2, len(block), *width)
-            spare = [one for one in spare if one is not found]
-            keys, values = found[:, : len(block)].unbind()
-            parts, done = [], 0
-            for group in blocks(block, size):
-                some, done = slice(done, done + len(group)), done + len(group)
-                ids = _ids(group, texts)
-                step = FillStep(
-                    group, policies, fot.mem_layers, store, *(x[some, :, : ids.shape[1]] for x in (keys, values))
-                )
-                parts.append(crew.submit(partial(lean.fill, ids, step)))
-            waiting.append((block, found, parts))
-            while sum(len(one[2]) for one in waiting) > 2 * crew.threads or (crew.threads == 1 and waiting):
-                settle()
-        while waiting:
-            settle()
 
 
 def blocks(pieces: Sequence[Piece], tokens: int) -> Iterator[list[Piece]]:
@@ -187,7 +166,6 @@ class SessionStore:
         self._texts = texts
         self._recall = recall.quiet()  # What windows read on their way into memory is nobody's answer.
         self._documents = recall.scope()
-        self._dtype = reader.memory.spec.dtype.torch
         self._targets: dict[int, _Target] = {}
 
     def append(self, layer: int, pieces: Sequence[Piece], keys: Tensor, values: Tensor) -> None:
@@ -200,8 +178,8 @@ class SessionStore:
             appends.append(
                 target.tail.session.piece(
                     layer,
-                    _strung(keys, kept, self._dtype),
-                    _strung(values, kept, self._dtype),
+                    _strung(keys, kept),
+                    _strung(values, kept),
                     self._texts[row][first:last],
                     first_token=target.tail.tokens + first,
                 )
@@ -254,12 +232,6 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[range]:
             start = number
 
 
-def _strung(tensor: Tensor, kept: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
-    """The kept tokens of batch rows [B, K, n, D], one after another, in a memory's dtype: [K, T, D]."""
-    _, heads, _, dim = tensor.shape
-    strung = torch.empty(heads, sum(span.stop - span.start for _, span in kept), dim, dtype=dtype)
-    done = 0
-    for number, span in kept:
-        strung[:, done : done + span.stop - span.start] = tensor[number, :, span]
-        done += span.stop - span.start
-    return strung
+def _strung(tensor: Tensor, kept: Sequence[tuple[int, slice]]) -> Tensor:
+    """The kept tokens of batch rows [B, K, n, D], one after another: [K, T, D]."""
+    return torch.cat([tensor[number, :, span] for number, span in kept], dim=1)

@@ -72,55 +72,27 @@ class LoadStep:
         """Append, ask, attend in the window, merge."""
         policy = self._policies[call.layer]
         far: Promise[Partial] | None = None
+        positions = torch.arange(call.query.shape[2], device=call.query.device)
         store = self._store if call.layer in self._mem_layers else None
         if store is not None:
             store.append(call.layer, self._pieces, call.key, call.value)
         if call.layer == self._stop_after:
             raise Filled
         if store is not None:
-            positions = torch.arange(call.query.shape[2], device=call.query.device)
             far = store.attend(call.layer, self._pieces, policy.towards_memory(call.query, positions), call.scale)
-        near = _window(policy, call)
+        near = _window(policy, call, positions)
         return joined(near, far.result() if far is not None else None, call.query.dtype)
 
 
-class FillStep(LoadStep):
-    """The same up to the last memory layer's keys and values, which are left for who appends them (see `hf.lean`)."""
-
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        policies: Sequence[Policy],
-        mem_layers: Sequence[int],
-        store: Store | None,
-        keys: Tensor,  # [B, K, n, D], written to where memory does not hold the window already.
-        values: Tensor,
-    ):
-        super().__init__(pieces, policies, mem_layers, store, None)
-        self.last = mem_layers[-1]
-        self._found = (keys, values)
-        below = self.last - 1
-        if below in mem_layers or (below >= 0 and policies[below].self_extend is not None):
-            self.known = 0  # Its queries ask the memory, or stand in groups, all together.
-        else:
-            self.known = min(piece.fresh - piece.start for piece in pieces)
-
-    def keep(self, key: Tensor, value: Tensor) -> None:
-        """Take the last layer's keys and values [B, K, n - known, D]."""
-        for found, part in zip(self._found, (key, value), strict=True):
-            found[:, :, self.known :] = part
-
-
-def _window(policy: Policy, call: Call) -> Partial:
+def _window(policy: Policy, call: Call, positions: Tensor) -> Partial:
     """Causal attention among a window's own tokens; pads stand on the right, where no real query looks."""
     if policy.self_extend is not None:
         return grouped.prefill(
             call.query, call.key, call.value, policy.rope, policy.self_extend, call.scale, softcap=call.softcap
         )
-    angles = policy.first_angles(call.key.shape[2], call.key)
-    query = policy.turned(call.query, None if angles is None else angles.last(call.query.shape[2]))
-    key = policy.turned(call.key, angles)
-    return local.trailing(query, key, call.value, call.scale, softcap=call.softcap, sliding=call.sliding)
+    angles = policy.angles_if_rotating(positions, call.query)
+    query, key = (policy.turned(x, angles) for x in (call.query, call.key))
+    return local.causal(query, key, call.value, call.scale, softcap=call.softcap, sliding=call.sliding)
 
 
 class Memories(Protocol):

@@ -1,115 +1,66 @@
-"""Causal attention of short windows by strips of queries, in memory that is used again.
+"""Causal attention of short windows by strips of queries: a few products serve all heads of all windows.
 
-For windows that fit a core's cache, a few products a strip for all heads of all windows are faster than a kernel that
-goes from head to head; nothing but the output comes out. Channels stand in pairs: 2r and 2r + 1 turn together, so that
-a rotation is one product of complex numbers.
+For windows that fit a core's cache this beats a kernel that goes from head to head. Nothing but the output comes out,
+so there is nothing to merge it with. Channels stand in pairs, 2r beside 2r + 1, and a pair is a complex number: then a
+rotation is one product.
 
 B rows, K key/value heads, G query heads that share one, n keys, m queries (the newest), D head_dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from model_worker.attention.room import Room
+from model_worker.positions.rope import Angles
 
 LONGEST = 1024  # Keys; what is longer is the kernel's.
 _QUERIES = 64  # Of a strip.
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Shape:
-    """Of the calls that one `Strips` serves."""
-
-    rows: int
-    kv_heads: int
-    group: int
-    keys: int
-    queries: int
-    dim: int
+def paired(channels: int) -> Tensor:
+    """In which order the channels of a head, whose halves turn against each other in Llama, become pairs."""
+    return torch.arange(channels).view(2, -1).t().flatten()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Strip:
-    """Views of one strip's share; [B·K, …] unless told otherwise."""
-
-    queries: Tensor  # [… , s·G, D]
-    keys: Tensor  # [… , D, seen]
-    values: Tensor  # [… , seen, D]
-    scores: Tensor  # [… , s·G, seen]
-    own: Tensor  # [… , s·G, s]: the scores of the strip's own keys
-    mask: Tensor  # [s·G, s]
-    mixed: Tensor  # [… , s·G, D]
-    turned: Tensor  # [B, s, K, G, D]: the same, as the output has it
-    output: Tensor  # [B, s, K, G, D]
+def turns(angles: Angles) -> Tensor:
+    """Angles [n, D] as complex numbers [n, D/2], one a pair."""
+    cos, sin = (x[:, : x.shape[1] // 2].contiguous() for x in angles)
+    return torch.complex(cos, sin)
 
 
-class Strips:
-    """Working memory for calls of one shape, all its views made beforehand."""
+def causal(query: Tensor, key: Tensor, value: Tensor, turns: Tensor, room: Room) -> Tensor:
+    """Queries [B, m, K, G, D], already scaled, see the keys [B, n, K, D] up to their own; both un-rotated.
 
-    def __init__(self, shape: Shape, like: Tensor):
-        b, k, g, n, m, d = shape.rows, shape.kv_heads, shape.group, shape.keys, shape.queries, shape.dim
-        self._shape = shape
-        # Query heads that share a key head become queries of that one head, those of a token side by side.
-        self._queries = like.new_empty(b, k, m, g, d)
-        self._keys, self._values = like.new_empty(2, b, k, n, d).unbind()
-        self._output = like.new_empty(b, m, k, g, d)
-        queries, keys, values = (x.view(b * k, -1, d) for x in (self._queries, self._keys, self._values))
-        most = min(_QUERIES, m)
-        scores, mixed = like.new_empty(b * k * most * g * n), like.new_empty(b * k * most * g * d)
-        mask = like.new_full((most, most), -torch.inf).triu_(1).repeat_interleave(g, 0)
-        self._strips = []
-        for start in range(0, m, most):
-            own = min(most, m - start)
-            seen = n - m + start + own
-            table = scores[: b * k * own * g * seen].view(b * k, own * g, seen)
-            part = mixed[: b * k * own * g * d].view(b * k, own * g, d)
-            self._strips.append(
-                _Strip(
-                    queries[:, start * g : (start + own) * g],
-                    keys[:, :seen].mT,
-                    values[:, :seen],
-                    table,
-                    table[:, :, seen - own :],
-                    mask[: own * g, :own],
-                    part,
-                    part.view(b, k, own, g, d).permute(0, 2, 1, 3, 4),
-                    self._output[:, start : start + own],
-                )
-            )
-
-    def causal(self, query: Tensor, key: Tensor, value: Tensor, turns: Tensor | None) -> Tensor:
-        """Queries [B, m, K, G, D], already scaled, see the keys [B, n, K, D] up to their own.
-
-        Both are rotated by `turns`, complex numbers [n, D/2], if given. Returns [B·m, K·G·D], overwritten by the next
-        call. Time ∝ m·n, scratch ∝ n.
-        """
-        count = self._shape.queries
-        _turn(query.transpose(1, 2), None if turns is None else turns[-count:, None], self._queries)
-        _turn(key.transpose(1, 2), turns, self._keys)
-        self._values.copy_(value.transpose(1, 2))
-        for strip in self._strips:
-            torch.bmm(strip.queries, strip.keys, out=strip.scores)
-            strip.own.add_(strip.mask)
-            torch.softmax(strip.scores, dim=-1, out=strip.scores)
-            # Straight into the output, whose heads stand apart, the product would go head by head.
-            torch.bmm(strip.scores, strip.values, out=strip.mixed)
-            strip.output.copy_(strip.turned)
-        return self._output.view(self._shape.rows * count, -1)
-
-
-def _turn(x: Tensor, turns: Tensor | None, out: Tensor) -> None:
-    if turns is None:
-        out.copy_(x)
-    else:
-        torch.mul(_complex(x), turns, out=_complex(out))
+    Returns [B·m, K·G·D], in the room's memory. `turns` [≥ n, D/2]. Time ∝ m·n, scratch ∝ n.
+    """
+    batch, count, heads, group, dim = query.shape
+    seen = key.shape[1]
+    # Query heads that share a key head become queries of that one head, those of a token side by side.
+    queries = room.take("queries", batch, heads, count, group, dim)
+    keys = room.take("keys", batch, heads, seen, dim)
+    values = room.take("values", batch, heads, seen, dim)
+    torch.mul(_complex(query.transpose(1, 2)), turns[seen - count : seen, None], out=_complex(queries))
+    torch.mul(_complex(key.transpose(1, 2)), turns[:seen], out=_complex(keys))
+    values.copy_(value.transpose(1, 2))
+    queries, keys, values = (x.flatten(0, 1) for x in (queries.flatten(2, 3), keys, values))
+    output = room.take("attended", batch, count, heads, group, dim)
+    size = min(_QUERIES, count)
+    later = torch.full((size, size), -torch.inf).triu_(1).repeat_interleave(group, 0)  # [s·G, s]
+    for start in range(0, count, size):
+        own = min(size, count - start)
+        stop = seen - count + start + own
+        scores = room.take("scores", len(queries), own * group, stop)
+        torch.bmm(queries[:, start * group : (start + own) * group], keys[:, :stop].mT, out=scores)
+        scores[:, :, stop - own :].add_(later[: own * group, :own])
+        torch.softmax(scores, dim=-1, out=scores)
+        # Straight into the output, whose heads stand apart, the product would go head by head.
+        mixed = room.take("mixed", len(queries), own * group, dim)
+        torch.bmm(scores, values[:, :stop], out=mixed)
+        output[:, start : start + own] = mixed.view(batch, heads, own, group, dim).transpose(1, 2)
+    return output.view(batch * count, -1)
 
 
 def _complex(x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def paired(channels: int) -> Tensor:
-    """In which order the channels of a head, whose halves turn against each other, become pairs."""
-    return torch.arange(channels).view(2, -1).t().flatten()
+    return torch.view_as_complex(torch.unflatten(x, -1, (-1, 2)))

@@ -1,4 +1,4 @@
-"""Threads that run passes side by side: with one core's arithmetic each, nobody waits for the others at every product."""
+"""Threads that run passes side by side, each with its share of the cores: nobody waits for others at every product."""
 
 from __future__ import annotations
 
@@ -13,48 +13,55 @@ import torch
 from model_worker.attention.room import Room
 
 T = TypeVar("T")
+_MOST = 8  # Threads, each with working memory of its own; beyond, several of torch's threads share a pass.
 
 
 class Crew:
-    """`threads` that share torch's threads evenly; one of them is the caller's own. Use `with`."""
+    """Up to `threads` threads that share torch's evenly; a crew of one is the caller itself. Use `with`."""
 
     def __init__(self, threads: int):
         self._all = torch.get_num_threads()
-        self.threads = max(1, min(threads, self._all))
-        self._own = Room()
-        self._rooms = threading.local()
+        self.threads = max(1, min(threads, self._all, _MOST))
         self._pool: ThreadPoolExecutor | None = None
-        # Modes are a thread's own; buffers made in one cannot be written to in the other.
-        self._inference = torch.is_inference_mode_enabled()
+        self._own = threading.local()
+        self._own.room = Room()
+        self._begun = threading.Barrier(self.threads + 1)
 
     def submit(self, work: Callable[[Room], T]) -> Future[T]:
-        """Start work that calls torch without gradients and writes to a room of its thread."""
-        if self._pool is None:
-            done: Future[T] = Future()
-            done.set_result(work(self._own))
-            return done
-        return self._pool.submit(self._run, work)
+        """Start work that calls torch without gradients and writes to the room of its thread."""
+        if self._pool is not None:
+            return self._pool.submit(self._run, work)
+        done: Future[T] = Future()
+        done.set_result(self._run(work))
+        return done
 
     def _run(self, work: Callable[[Room], T]) -> T:
-        with torch.inference_mode(self._inference), torch.no_grad():
-            return work(self._rooms.room)
+        with torch.no_grad():  # A mode is a thread's own.
+            room: Room = self._own.room
+            return work(room)
 
     def __enter__(self) -> Self:
-        if self.threads > 1:
-            begun = threading.Barrier(self.threads + 1)
-            self._pool = ThreadPoolExecutor(self.threads, "fot-load", self._begin, (begun,))
+        if self.threads == 1:
+            return self
+        self._pool = ThreadPoolExecutor(self.threads, "fot-load", self._begin)
+        try:
             for _ in range(self.threads):
-                self._pool.submit(lambda: None)
-            begun.wait()
-            # How many threads a new thread of the process begins with is the number set last, wherever it was set.
+                self._pool.submit(int)  # A thread starts with the first work it gets.
+            self._begun.wait()
+        except BaseException:
+            self._begun.abort()
+            self._pool.shutdown()
+            raise
+        finally:
+            # The number set last, wherever it was set, is what any new thread of the process begins with.
             torch.set_num_threads(self._all)
         return self
 
-    def _begin(self, begun: threading.Barrier) -> None:
-        self._rooms.room = Room()
-        torch.get_num_threads()  # The first question sets the process's number; only then it can be changed.
+    def _begin(self) -> None:
+        self._own.room = Room()
+        torch.get_num_threads()  # A thread's first question gives it the process's number; only then can it be changed.
         torch.set_num_threads(self._all // self.threads)
-        begun.wait()
+        self._begun.wait()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pool is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from model_worker.positions.rope import Angles, Rope, rotate
@@ -20,7 +19,6 @@ class Policy:
         self.rotates = rotates
         self._towards = fot.memory_position if rotates else MemoryPosition.NONE
         self._fixed = fot.fixed_position
-        self._first: Angles | None = None  # Of the first positions, as many as were ever asked for.
 
     def angles(self, positions: Tensor, like: Tensor) -> Angles:
         """The angles of these positions, in the dtype of `like`."""
@@ -29,17 +27,6 @@ class Policy:
     def angles_if_rotating(self, positions: Tensor, like: Tensor) -> Angles | None:
         """The same, or None for a layer that rotates nothing."""
         return self.angles(positions, like) if self.rotates else None
-
-    def first_angles(self, tokens: int, like: Tensor) -> Angles | None:
-        """The angles of positions 0 to `tokens` - 1, kept from call to call; None for a layer that rotates nothing."""
-        if not self.rotates:
-            return None
-        kept = self._first
-        if kept is None or len(kept.cos) < tokens or kept.cos.dtype != like.dtype or kept.cos.device != like.device:
-            # Many threads may get here at once: what each makes is the same. Calls of any mode use it later.
-            with torch.inference_mode(mode=False):
-                self._first = kept = self.angles(torch.arange(tokens, device=like.device), like)
-        return Angles(kept.cos[:tokens], kept.sin[:tokens])
 
     def turned(self, x: Tensor, angles: Angles | None) -> Tensor:
         """Queries or keys [B, heads, n, D] rotated, if this kind of layer rotates."""

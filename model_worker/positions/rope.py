@@ -20,11 +20,6 @@ class Angles(NamedTuple):
     cos: Tensor  # [..., T, R]
     sin: Tensor
 
-    def last(self, tokens: int) -> Angles:
-        """Those of the last positions."""
-        start = self.cos.shape[-2] - tokens
-        return Angles(self.cos[..., start:, :], self.sin[..., start:, :]) if start else self
-
 
 @dataclass(frozen=True, eq=False)
 class Rope:
