@@ -30,7 +30,8 @@ passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,1
 reference-model: setup  ## Train the reference model anew from its configuration, into runs/reference (half an hour)
 	$(BIN)/fot train $(MODELS)/reference/train.toml --out runs/reference
 
-lookup-model: setup  ## Train the look-up model anew, on from the reference model, into runs/lookup (half an hour)
+lookup-model: setup  ## Train the look-up model anew, on from the reference model, into runs/lookup (an hour and a half)
+	$(BIN)/fot train $(MODELS)/lookup/first.toml --out runs/lookup-first
 	$(BIN)/fot train $(MODELS)/lookup/train.toml --out runs/lookup
 
 dictionary-model: setup  ## Train the model of the dictionary study anew, into runs/dictionary (an hour)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A durable memory of attention keys and values that answers attention.",
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"fot {version('fot-memory')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    told: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A durable memory of attention keys and values that answers attention."""
+
+
 app.command("serve")(serve.serve)
 app.add_typer(memories.app, name="memory")
 memories.app.command("index")(work.index)

@@ -93,7 +93,14 @@ def run(
     for number, (name, factory) in enumerate(steps):
         tell(number, len(steps), f"{name}: {'exact' if factory == 'none' else factory}")
         if name not in made:
-            made[name] = haystack_of(name, subject.tokenizer, tokens, questions, Random(f"{seed} {name}"))
+            made[name] = haystack_of(
+                name,
+                subject.tokenizer,
+                tokens,
+                questions,
+                Random(f"{seed} {name}"),
+                subject.trained.last_context_length,
+            )
         facts = {"haystack": name, "index": "none (exact)" if factory == "none" else factory}
         try:
             rows += [{**facts, **row} for row in _asked(subject, made[name], factory, top_k, probes)]

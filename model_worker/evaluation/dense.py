@@ -62,7 +62,14 @@ def run(
     cases = [(name, tokens) for name in haystacks for tokens in sorted(lengths)]
     for number, (name, tokens) in enumerate(cases):
         tell(number, len(cases), f"{name}, {tokens:,} tokens")
-        haystack = haystack_of(name, subject.tokenizer, tokens, questions, Random(f"{seed} {name} {tokens}"))
+        haystack = haystack_of(
+            name,
+            subject.tokenizer,
+            tokens,
+            questions,
+            Random(f"{seed} {name} {tokens}"),
+            subject.trained.last_context_length,
+        )
         with subject.library() as library:
             library.put({"haystack": haystack.ids})
             asked = library.queries(haystack.questions)

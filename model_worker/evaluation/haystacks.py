@@ -32,11 +32,11 @@ class Cloze:
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """A text for the memory, and questions about it."""
+    """A long text and questions about it, cut as prompts are: what the window reads at once is not in memory."""
 
-    ids: Sequence[int]
-    questions: Sequence[Cloze]
-    facts: int  # It states, of which some are asked.
+    ids: Sequence[int]  # For the memory.
+    questions: Sequence[Cloze]  # Each begins with what the text ends with.
+    facts: int  # The text states, of which some are asked.
 
 
 def cloze_of(tokenizer: Tokenizer, parts: Sequence[Part]) -> Cloze:
@@ -48,15 +48,18 @@ def cloze_of(tokenizer: Tokenizer, parts: Sequence[Part]) -> Cloze:
     return Cloze(ids[: answered[0]], ids[answered[0] : answered[-1] + 1])
 
 
-def haystack_of(name: str, tokenizer: Tokenizer, tokens: int, asked: int, rng: Random) -> Haystack:
-    """The haystack of this name with at most `tokens` tokens and `asked` questions. Raises InvalidArgument."""
+def haystack_of(name: str, tokenizer: Tokenizer, tokens: int, asked: int, rng: Random, local: int) -> Haystack:
+    """The haystack of this name with at most `tokens` tokens and `asked` questions; for `local` see `_cut`.
+
+    Raises InvalidArgument.
+    """
     if name not in HAYSTACKS:
         raise InvalidArgument(f"there is no haystack {name!r}; there are {', '.join(HAYSTACKS)}")
     make = keys_haystack if name == "keys" else uuid_haystack
-    return make(tokenizer, tokens, asked, rng)
+    return make(tokenizer, tokens, asked, rng, local)
 
 
-def keys_haystack(tokenizer: Tokenizer, tokens: int, asked: int, rng: Random) -> Haystack:
+def keys_haystack(tokenizer: Tokenizer, tokens: int, asked: int, rng: Random, local: int) -> Haystack:
     """The Landmark prompt's sentences with `asked` labelled pass keys spread evenly over them, all of them asked.
 
     Raises InvalidArgument if the keys alone need more than `tokens`.
@@ -78,7 +81,7 @@ def keys_haystack(tokenizer: Tokenizer, tokens: int, asked: int, rng: Random) ->
         ids += islice(filler, _share(room, number, asked + 1))
         ids += line
     ids += islice(filler, _share(room, asked, asked + 1))
-    return Haystack(ids, [cloze_of(tokenizer, asking(label, key)) for label, key in facts], asked)
+    return _cut(ids, [cloze_of(tokenizer, asking(label, key)) for label, key in facts], asked, local)
 
 
 def asking(label: str, key: str) -> list[Part]:
@@ -86,7 +89,7 @@ def asking(label: str, key: str) -> list[Part]:
     return [Part(f"\nWhat is the {label}? The {label} is ", Role.QUESTION), Part(key, Role.ANSWER)]
 
 
-def uuid_haystack(tokenizer: Tokenizer, tokens: int, asked: int, rng: Random) -> Haystack:
+def uuid_haystack(tokenizer: Tokenizer, tokens: int, asked: int, rng: Random, local: int) -> Haystack:
     """A JSON object of at most `tokens` tokens that pairs UUIDs, and at most `asked` questions, spread evenly over it.
 
     In the form of ∞-Bench's Retrieve.KV. Raises InvalidArgument if no record fits.
@@ -103,7 +106,19 @@ def uuid_haystack(tokenizer: Tokenizer, tokens: int, asked: int, rng: Random) ->
         raise InvalidArgument(f"{tokens:,} tokens hold no record of about {each:.0f} tokens: give more")
     asked = min(asked, len(records))
     places = [int((number + 0.5) * len(records) / asked) for number in range(asked)]
-    return Haystack(ids, [cloze_of(tokenizer, lookup.asked(records[place])) for place in places], len(records))
+    questions = [cloze_of(tokenizer, lookup.asked(records[place])) for place in places]
+    return _cut(ids, questions, len(records), local)
+
+
+def _cut(ids: Sequence[int], questions: Sequence[Cloze], facts: int, local: int) -> Haystack:
+    """The text goes into memory but for its end, with which every question begins, as the end of one long prompt.
+
+    `local` tokens are read at once: that end, the question and its answer.
+    """
+    end = max(0, min(local - max(len(one.prompt) + len(one.answer) for one in questions), len(ids)))
+    start = len(ids) - end
+    asked = [Cloze([*ids[start:], *one.prompt], one.answer) for one in questions]
+    return Haystack(ids[:start], asked, facts)
 
 
 def _json(records: Sequence[Record]) -> str:

@@ -1,10 +1,11 @@
 """`fot eval lookup`: UUID keys to UUID values, in the form of ∞-Bench's Retrieve.KV (Zhang et al. 2024).
 
-One JSON object of random UUID pairs, as long as asked, is encoded once and kept as one document. Keys spread evenly
-over it are asked with the benchmark's question, each a text of its own over the same memory; 36 characters must come
-back. A record is right if greedy decoding gives its value to the last token; a token is right if it is the likeliest
-one after the value's right tokens before it. The first token tells whether the record was found, the others whether it
-was copied.
+One JSON object of random UUID pairs, as long as asked, is encoded once and kept as one document, but for its last
+tokens: they and the benchmark's question are what a window reads of such a prompt at once (`last_context_length`).
+Keys spread evenly over the object are asked, each question over the same memory; 36 characters must come back. A
+record is right if greedy decoding gives its value to the last token; a token is right if it is the likeliest one after
+the value's right tokens before it. The first token tells whether the record was found, the others whether it was
+copied.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def run(
     rows = []
     for number, tokens in enumerate(sorted(lengths)):
         tell(number, len(lengths), f"{tokens:,} tokens")
-        haystack = uuid_haystack(subject.tokenizer, tokens, questions, Random(f"{seed} {tokens}"))
+        haystack = uuid_haystack(
+            subject.tokenizer, tokens, questions, Random(f"{seed} {tokens}"), subject.trained.last_context_length
+        )
         with subject.library() as library:
             library.put({"records": haystack.ids})
             started = time.perf_counter()

@@ -105,11 +105,13 @@ def _training(told: Record) -> str:
         ("optimizer", f"{config['optimizer']['kind']}, {config['dtype']}, seed {config['seed']}"),
         ("loss at the end", _number(final["loss"])),
         ("answer tokens right at the end", _percent(final["answer_accuracy"])),
-        ("text at the end", f"{_number(final['text_loss'])} nats a token"),
     ]
+    if final["text_loss"] is not None:
+        facts.append(("text at the end", f"{_number(final['text_loss'])} nats a token"))
     rows = [f"| {name} | {value} |" for name, value in facts]
     note = (
-        f"The last three are means of the last {final['steps']:.0f} steps on training batches; more in `training.json`."
+        f"What is told of the end are means of the last {final['steps']:.0f} steps on training batches; more in "
+        "`training.json`."
     )
     return "\n".join(["## Training", "", "| | |", "|---|---|", *rows, "", note])
 

@@ -183,6 +183,10 @@ class TrainConfig:
         plain = json.loads(json.dumps(_plain(self)))
         for name in _INDIFFERENT:
             plain.pop(name)
+        # What was read is told by its digest (`initial.Start.described`); where it lay says nothing elsewhere.
+        for name in ("path", "tokenizer"):
+            place = getattr(self.model, name)
+            plain["model"][name] = None if place is None else place.resolve().name
         return dict(plain)
 
 

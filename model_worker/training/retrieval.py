@@ -6,6 +6,7 @@ memory windows, so a key has to be told from those of other documents, the paper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -79,16 +80,18 @@ class RetrievalSource:
         *,
         uuid: float = 0.0,
         plain: float = 0.7,
+        bare: float = 0.0,
         copied: float = WEIGHTS[Role.COPIED],
     ):
         """`uuid`: share of documents that are UUID look-ups; `plain`: share of groups where one label is "pass key".
 
-        `copied`: what predicting a value's later tokens is worth, for whoever must copy all of it. `texts` is what real
-        text and code are drawn from; None: what this machine has for training.
+        `bare`: share of the look-ups whose last window begins with the question, not with the object's end; `copied`:
+        what predicting a value's later tokens is worth, for whoever must copy all of it. `texts` is what real text and
+        code are drawn from; None: what this machine has for training.
         """
-        if not copied >= 0:
+        if not 0 <= copied < math.inf:
             raise InvalidArgument(f"copied is a weight of 0 or more, got {copied}")
-        for name, share in (("uuid", uuid), ("plain", plain)):
+        for name, share in (("uuid", uuid), ("plain", plain), ("bare", bare)):
             if not 0 <= share <= 1:
                 raise InvalidArgument(f"{name} is a share from 0 to 1, got {share}")
         self._encode = PartEncoder(tokenizer)
@@ -96,6 +99,7 @@ class RetrievalSource:
         self._seed = seed
         self._uuid = uuid
         self._plain = plain
+        self._bare = bare
         self._weights = {**WEIGHTS, Role.COPIED: copied}
         found = corpus.texts(Split.TRAIN) if texts is None else texts
         code, prose = (
@@ -233,11 +237,14 @@ class RetrievalSource:
 
         question_room = shape.window + 1
         tail = rng.randrange(question_room - UUID_WINDOW + 16)
-        asking = [listing.cut(start + room, start + room + tail)]
         asked = rng.sample(inside, min(len(inside), rng.randint(1, shape.questions)))
+        # Not drawn where it is not wanted: what other models were trained on must stay what it was.
+        bare = bool(asked) and self._bare > 0 and rng.random() < self._bare
+        asking = [] if bare else [listing.cut(start + room, start + room + tail)]
         for place in asked:
             form = lookup.continued if rng.random() < CONTINUED else lookup.asked
-            asking.append(self._piece([Part('"}', Role.PLAIN), *form(records[place])]))
+            closing = [Part('"}', Role.PLAIN)] if asking else []
+            asking.append(self._piece([*closing, *form(records[place])]))
         whole = _joined(asking)
         if len(whole) < question_room:
             (filler,) = rng.choices(self._fillers, [one.share for one in self._fillers])

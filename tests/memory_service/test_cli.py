@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +205,10 @@ def test_a_wrong_command_line_is_code_2(fot: Fot, arguments: tuple[str, ...]) ->
     done = fot(*arguments)
     assert (done.code, done.out) == (2, "")
     assert "Usage" in done.err
+
+
+def test_the_version_is_that_of_the_distribution(fot: Fot) -> None:
+    assert fot("--version") == (0, f"fot {version('fot-memory')}\n", "")
 
 
 def test_a_misspelt_variable_is_refused(fot: Fot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from model_worker.evaluation.distraction import positive_mass
 from model_worker.evaluation.haystacks import Cloze
 from model_worker.evaluation.report import Report
 from model_worker.evaluation.subject import Answer, Settings, Subject
-from model_worker.settings import Recall
+from model_worker.settings import FotConfig, Recall
 from model_worker.tasks.corpus import Kind, Split, Text
 from model_worker.tasks.tokens import tokens_of
 from tests.model_worker.texts import text
@@ -86,6 +86,7 @@ class Office:
 
     def __init__(self, checkpoint: Path, wrong: int):
         self.tokenizer = tokens_of(checkpoint)
+        self.trained = FotConfig()
         self._wrong = wrong
 
     def told(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from memory_service import AttendOptions, InvalidArgument, Unavailable
 from model_worker.evaluation.bootstrap import mean_of
-from model_worker.evaluation.haystacks import Cloze, keys_haystack, uuid_haystack
+from model_worker.evaluation.haystacks import Cloze, haystack_of, keys_haystack, uuid_haystack
 from model_worker.evaluation.subject import Library, Place, Settings, Subject
 from model_worker.settings import Recall
 from model_worker.tasks.tokens import tokens_of
@@ -170,7 +170,7 @@ def test_a_checkpoint_without_memory_layers_is_refused(checkpoint: Path) -> None
 
 def test_a_haystack_of_records_is_as_long_as_asked_and_holds_the_answers(checkpoint: Path) -> None:
     tokenizer = tokens_of(checkpoint)
-    haystack = uuid_haystack(tokenizer, 2000, 5, Random(1))
+    haystack = uuid_haystack(tokenizer, 2000, 5, Random(1), 0)
     assert 2000 - 80 < len(haystack.ids) <= 2000 and len(haystack.questions) == 5 < haystack.facts
     whole = tokenizer.decode(haystack.ids)
     for question in haystack.questions:
@@ -180,7 +180,7 @@ def test_a_haystack_of_records_is_as_long_as_asked_and_holds_the_answers(checkpo
 
 def test_a_haystack_of_keys_is_as_long_as_asked_and_spreads_them(checkpoint: Path) -> None:
     tokenizer = tokens_of(checkpoint)
-    haystack = keys_haystack(tokenizer, 3000, 4, Random(1))
+    haystack = keys_haystack(tokenizer, 3000, 4, Random(1), 0)
     assert len(haystack.ids) == 3000
     whole = tokenizer.decode(haystack.ids)
     places = []
@@ -190,12 +190,26 @@ def test_a_haystack_of_keys_is_as_long_as_asked_and_spreads_them(checkpoint: Pat
     assert places == sorted(places) and min(b - a for a, b in pairwise(places)) > 400
 
 
+@pytest.mark.parametrize("name", ["keys", "lookup"])
+@pytest.mark.parametrize("local", [300, 500, 5000])
+def test_questions_begin_with_the_end_of_the_text_which_memory_does_not_hold(
+    checkpoint: Path, name: str, local: int
+) -> None:
+    tokenizer = tokens_of(checkpoint)
+    whole, cut = (haystack_of(name, tokenizer, 3000, 4, Random(1), room) for room in (0, local))
+    for bare, question in zip(whole.questions, cut.questions, strict=True):
+        assert question.answer == bare.answer
+        assert [*cut.ids, *question.prompt] == [*whole.ids, *bare.prompt]
+    longest = max(len(one.prompt) + len(one.answer) for one in cut.questions)
+    assert longest == local if local < 3000 else not cut.ids
+
+
 def test_a_haystack_too_short_for_its_facts_is_refused(checkpoint: Path) -> None:
     tokenizer = tokens_of(checkpoint)
     with pytest.raises(InvalidArgument, match="give more tokens"):
-        keys_haystack(tokenizer, 300, 10, Random(1))
+        keys_haystack(tokenizer, 300, 10, Random(1), 0)
     with pytest.raises(InvalidArgument, match="give more"):
-        uuid_haystack(tokenizer, 120, 1, Random(1))
+        uuid_haystack(tokenizer, 120, 1, Random(1), 0)
 
 
 # --- Means ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from matplotlib.image import imread
 from memory_service import Client
 from memory_service.cli import main
 from memory_service.errors import InvalidArgument
-from model_worker import reference
 from model_worker.cli.passkey import sizes_of
 from model_worker.cli.passkey_progress import PasskeyProgress
 from model_worker.evaluation import asking, passkey
@@ -27,11 +26,9 @@ from model_worker.evaluation.memories import fresh_memory
 from model_worker.evaluation.passkey import Plan, run, shares
 from model_worker.evaluation.questions import DISTRACTOR_TOKENS, Wording
 from model_worker.evaluation.trials import Asked, Question, bands_of, trials_of
-from model_worker.fitting import config_of, spec_of
-from model_worker.hf import checkpoint
+from model_worker.fitting import spec_of
 from model_worker.model import FotModel
 from model_worker.settings import FotConfig, Recall
-from model_worker.tasks.fillers import Filler
 from model_worker.tasks.landmark import DESCRIPTION, FILLER
 from model_worker.tasks.tokens import Tokenizer, tokens_of
 from tests.memory_service.places import serving
@@ -419,21 +416,3 @@ def test_progress_counts_tokens_and_says_what_went_wrong(
         run(plan, plan.questions(tokenizer, 200), Reading(tokenizer, lambda _: "0"), progress)
     assert "trial 2/2, 600 tokens, depth" in screen.written and "100%" in screen.written
     assert "0 of 2 found, 0.0 % (0.0–65.8)" in screen.written and ", not " in screen.written
-
-
-# --- What comes with the package -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    not (reference.path("reference") / "model.safetensors").is_file(), reason="the reference model is not trained yet"
-)
-def test_the_reference_model_finds_passkeys_in_16k_tokens() -> None:
-    folder = reference.path("reference")
-    base, fields = checkpoint.load(folder)
-    fot = config_of(base, fields)
-    plan = Plan((16_384,), trials=10, depths=10, filler=Filler.LANDMARK)
-    with Client.open(":memory:") as client:
-        made = MemoryAsker(base, fot, client, Asking())
-        report = run(plan, plan.questions(tokens_of(folder), fot.last_context_length), made)
-    assert report.figures["accuracy"] == 1
-    assert all(row["key_mass"] > 0.2 for row in report.rows)

@@ -284,6 +284,24 @@ def test_a_value_is_scored_whole_where_it_is_asked_and_not_at_all_where_it_is_li
     assert batch.answers.sum(-1)[1::2].tolist() == [8] * 8
 
 
+def test_the_later_tokens_of_a_value_weigh_what_was_asked(small: Tokenizer) -> None:
+    shape = Shape(documents=4, windows=2, group=4, questions=1, uuid=1.0)
+    usual, heavy = retrieval(small).batch(0, shape), retrieval(small, copied=6.0).batch(0, shape)
+    assert torch.equal(usual.ids, heavy.ids)
+    copied = usual.weights == WEIGHTS[Role.COPIED]
+    assert copied.sum() == 4 * 28
+    assert torch.equal(heavy.weights, torch.where(copied, 6.0, usual.weights))
+
+
+def test_some_uuid_questions_begin_their_window(small: Tokenizer) -> None:
+    shape = Shape(documents=8, windows=2, group=8, questions=2, uuid=1.0)
+    source = retrieval(small, bare=0.5)
+    windows = [small.decode(ids[256:]) for step in range(20) for ids in documents(source.batch(step, shape))]
+    bare = [text.startswith(('\n\nKey: "', '\n{"')) for text in windows]
+    assert sum(bare) / len(bare) == pytest.approx(0.5, abs=0.12)
+    assert all(re.search(UUID, text) for text in windows)
+
+
 def test_the_share_of_uuid_documents_is_what_was_asked(small: Tokenizer) -> None:
     source = retrieval(small, uuid=0.25)
     texts = [small.decode(ids) for step in range(40) for ids in documents(source.batch(step, SHAPE))]
@@ -443,7 +461,8 @@ def digest(source: Source, shape: Shape) -> str:
 
 
 def test_batches_stay_what_they_were_when_the_shipped_models_were_trained(small: Tokenizer) -> None:
-    # Whoever changes them on purpose trains both models again.
+    # Whoever changes them on purpose trains the models again.
     shape = Shape(documents=8, windows=2, group=8, keys=4, questions=4)
     assert digest(retrieval(small, uuid=0.3), shape) == "2c28e13492b879a8"
+    assert digest(retrieval(small, uuid=1.0, bare=0.3, copied=6.0), shape) == "b62a3ccfea9aa570"
     assert digest(source_of("dictionary", None, 3), Shape(8, 2, 8, 256, hard=0.5)) == "d3dcd3e92d669134"

@@ -61,6 +61,14 @@ def test_a_file_becomes_frozen_values_with_paths_beside_it(tmp_path: Path) -> No
     json.dumps(config.described())
 
 
+def test_what_is_told_of_a_training_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text(TOML)
+    told = configuration.read(file).described()
+    assert told["model"]["tokenizer"] == "words" and told["model"]["path"] is None
+    assert str(tmp_path) not in json.dumps(told)
+
+
 def broken(**changes: Any) -> TrainConfig:
     return configuration.of_tables({**tables(), **changes}, Path())
 
