@@ -15,7 +15,9 @@ from memory_service.scan import GROUP, Arena, Chunk
 from memory_service.types import Cancel, Partial
 
 _PIECE_ELEMENTS = 1 << 21  # Float32 elements gathered at a time when candidates are scored again.
-_FEW_QUERIES = 8
+_FEW_QUERIES = 8  # Below this, two products beat the kernel, which converts nothing and reads keys for many queries.
+_FEW_ELEMENTS = 1 << 19  # Of keys that are converted and multiplied together.
+_FEW_SCORES = 1 << 20  # Held at a time.
 _FEW_KEYS = 8192  # Below this, scoring everything and sorting beats a scan.
 
 
@@ -56,6 +58,16 @@ def _kernel(queries: Tensor, keys: Tensor, values: Tensor) -> Partial:
         queries[None, None], keys[None, None], values[None, None], scale=1.0
     )
     return Partial(output[0, 0], lse[0, 0])
+
+
+def _loaded(keys: Tensor, ranges: list[tuple[int, int]], out: Tensor) -> Tensor:
+    """Row ranges of [h, rows, D] in float32, in `out` [≥ h, ≥ n, D] if they are not that already."""
+    if len(ranges) == 1:
+        found = keys[:, slice(*ranges[0])]
+        return found if keys.dtype == out.dtype else out[: len(keys), : found.shape[1]].copy_(found)
+    for head, into in zip(keys, out[: len(keys)], strict=True):
+        count = len(scan.load(head, ranges, into))
+    return out[: len(keys), :count]
 
 
 class TopK:
@@ -179,17 +191,20 @@ class TopK:
 
     def _keep(self, chunk: Chunk, heads: slice, rows: slice, scores: Tensor, found: Tensor) -> None:
         """Merge new scores [h, r, C] into the best K and fetch the values of those that made it."""
-        pool = torch.cat([self.scores[heads, rows], scores], dim=2)
-        best = pool.topk(self.top_k, dim=2, sorted=False)
-        fresh = (best.indices >= self.top_k) & (best.values > -torch.inf)
-        places = torch.cat([self.rows[heads, rows], found + chunk.base], dim=2).gather(2, best.indices)
-        stay = best.indices.clamp(max=self.top_k - 1)[..., None].expand(-1, -1, -1, self.values.shape[3])
-        values = self.values[heads, rows].gather(2, stay)
-        head, row, slot = fresh.nonzero(as_tuple=True)
-        values[head, row, slot] = chunk.values[heads][head, places[head, row, slot] - chunk.base].float()
-        self.scores[heads, rows] = best.values
-        self.rows[heads, rows] = places.masked_fill_(best.values == -torch.inf, -1)
-        self.values[heads, rows] = values
+        best = torch.cat([self.scores[heads, rows], scores], dim=2).topk(self.top_k, dim=2, sorted=False).indices
+        chosen = torch.zeros(*scores.shape[:2], self.top_k + scores.shape[2], dtype=torch.bool, device=scores.device)
+        chosen.scatter_(2, best, True)
+        fresh = chosen[:, :, self.top_k :] & (scores != -torch.inf)
+        # Only slots that are given up are written: moving the values of all others costs more than everything else
+        # where keys come in many chunks. Where padding was chosen, more slots are given up than there is to fill.
+        free = ~chosen[:, :, : self.top_k]
+        free &= free.cumsum(2) <= fresh.sum(2, keepdim=True)
+        head, row, place = fresh.nonzero(as_tuple=True)
+        slot = free.nonzero(as_tuple=True)[2]  # As many of every row, in the same order.
+        places = found[head, row, place]
+        self.scores[heads, rows][head, row, slot] = scores[head, row, place]
+        self.rows[heads, rows][head, row, slot] = places + chunk.base
+        self.values[heads, rows][head, row, slot] = chunk.values[heads][head, places].float()
 
 
 class Dense:
@@ -207,22 +222,55 @@ class Dense:
     def add(self, chunk: Chunk) -> None:
         """Take every key of the chunk in. Time ∝ keys·R·D."""
         h, rows, dim = self.queries.shape
+        if rows < _FEW_QUERIES:
+            self._add_for_few(chunk)
+            return
         size = scan.block_size(rows, dim)
         scratch = self.arena.take("blocks", (2, size, dim), torch.float32, self.queries.device)
-        # Blocks that were just converted are in cache, where for a few queries two products beat the kernel.
-        converted = chunk.keys.dtype != torch.float32 and rows < _FEW_QUERIES
-        over = attend if converted or self.queries.device.type != "cpu" else _kernel
+        over = attend if self.queries.device.type != "cpu" else _kernel
         for head in range(h):
             for _, ranges in chunk.blocks(size):
                 self.cancel.check()
                 keys = scan.load(chunk.keys[head], ranges, scratch[0])
-                self._merge(head, over(self.queries[head], keys, scan.load(chunk.values[head], ranges, scratch[1])))
+                further = over(self.queries[head], keys, scan.load(chunk.values[head], ranges, scratch[1]))
+                self._merge(slice(head, head + 1), Partial(further.output[None], further.lse[None]))
 
-    def _merge(self, head: int, further: Partial) -> None:
-        whole = torch.logaddexp(self._lse[head], further.lse)
-        before, after = (self._lse[head] - whole).exp_(), (further.lse - whole).exp_()
-        self._output[head].mul_(before[:, None]).addcmul_(further.output, after[:, None])
-        self._lse[head] = whole
+    def _add_for_few(self, chunk: Chunk) -> None:
+        """The same for a few queries: all scores of many keys first, so that a block is converted, read and forgotten.
+
+        Keys and values then cost two calls a block; one softmax and one merge serve all blocks and heads.
+        """
+        h, rows, dim = self.queries.shape
+        blocks = list(chunk.blocks(max(256, _FEW_ELEMENTS // dim)))
+        at_once = max(1, _FEW_SCORES * dim // (h * rows * _FEW_ELEMENTS))
+        for start in range(0, len(blocks), at_once):
+            part = [ranges for _, ranges in blocks[start : start + at_once]]
+            sizes = [sum(stop - start for start, stop in ranges) for ranges in part]
+            heads = max(1, _FEW_ELEMENTS // (max(sizes) * dim))
+            scratch = self.arena.take("few", (min(heads, h), max(sizes), dim), torch.float32, self.queries.device)
+            scores = self.arena.take("few, scores", (h, rows, sum(sizes)), torch.float32, self.queries.device)
+            output = self.queries.new_zeros(h, rows, dim)
+            groups = [slice(head, min(head + heads, h)) for head in range(0, h, heads)]
+            for group in groups:
+                self.cancel.check()
+                for ranges, score in zip(part, scores[group].split_with_sizes(sizes, 2), strict=True):
+                    keys = _loaded(chunk.keys[group], ranges, scratch)
+                    torch.bmm(self.queries[group], keys.mT, out=score)
+            best = scores.amax(2, keepdim=True)
+            weights = scores.sub_(best).exp_()
+            for group in groups:
+                self.cancel.check()
+                for ranges, weight in zip(part, weights[group].split_with_sizes(sizes, 2), strict=True):
+                    output[group].baddbmm_(weight, _loaded(chunk.values[group], ranges, scratch))
+            total = weights.sum(2, keepdim=True)
+            self._merge(slice(0, h), Partial(output.div_(total), (best + total.log()).squeeze(2)))
+
+    def _merge(self, heads: slice, further: Partial) -> None:
+        before = self._lse[heads]
+        whole = torch.logaddexp(before, further.lse)
+        mine, theirs = (before - whole).exp_(), (further.lse - whole).exp_()
+        self._output[heads].mul_(mine[..., None]).addcmul_(further.output, theirs[..., None])
+        self._lse[heads] = whole
 
     def narrow(self, rows: slice) -> Dense:
         """The same sums, for some of the query rows: what is added there is added here."""

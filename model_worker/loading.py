@@ -7,15 +7,21 @@ reads what stands before it. Nothing above the last memory layer's keys and valu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from memory_service import Attended, Partial, Scope, SessionScope
 from memory_service.types import SessionAppend
+from model_worker.attention.room import Room
+from model_worker.hf.crew import Crew
 from model_worker.hf.decoder import Decoder
+from model_worker.hf.lean import Lean, lean_of
 from model_worker.positions.policy import Policy
 from model_worker.recall.reader import Promise, Reader, whole_scope
 from model_worker.recall.rows import Row, Rows, Stretch
@@ -23,6 +29,8 @@ from model_worker.settings import FotConfig, Recall
 from model_worker.steps import LoadStep, Piece, Store, spread
 
 OnLogits = Callable[[Piece, Tensor], None]
+
+_PASS_TOKENS = 2048  # Of a lean pass at most: what lies between two of its products should stay in a cache.
 
 
 def cut(row: int, stop: int, window: int, overlap: int, pads: int = 0) -> list[Piece]:
@@ -56,12 +64,15 @@ def load(
     """
     if not fot.mem_layers and on_logits is None:
         return
+    if on_logits is None and store is not None and pieces:
+        tokens, longest = sum(piece.tokens for piece in pieces), max(piece.tokens for piece in pieces)
+        lean = lean_of(decoder, fot, tokens, longest)
+        if lean is not None:
+            _load_lean(lean, fot, pieces, texts, store, on_block)
+            return
     stop_after = None if on_logits is not None else fot.mem_layers[-1]
     for block in blocks(pieces, fot.block_tokens):
-        longest = max(piece.tokens for piece in block)
-        ids = torch.zeros(len(block), longest, dtype=torch.int64)
-        for number, piece in enumerate(block):
-            ids[number, : piece.tokens] = texts[piece.row][piece.start : piece.stop]
+        ids = _ids(block, texts)
         step = LoadStep(block, policies, fot.mem_layers, store, stop_after)
         if on_logits is None:
             decoder.fill(ids.to(decoder.device), step)
@@ -71,6 +82,53 @@ def load(
                 on_logits(piece, logits[number, : piece.tokens])
         if on_block is not None:
             on_block(sum(piece.stop - piece.fresh for piece in block))
+
+
+def _load_lean(
+    lean: Lean,
+    fot: FotConfig,
+    pieces: Sequence[Piece],
+    texts: Sequence[Tensor],
+    store: Store,
+    on_block: Callable[[int], None] | None,
+) -> None:
+    """The same by the lean pass: blocks side by side on all cores, stored by the caller's thread and in order."""
+    found = deque[tuple[list[Piece], Future[tuple[Tensor, Tensor]]]]()
+
+    def settle() -> None:
+        block, part = found.popleft()
+        store.append(fot.mem_layers[-1], block, *part.result())
+        if on_block is not None:
+            on_block(sum(piece.stop - piece.fresh for piece in block))
+
+    todo = list(blocks(pieces, min(fot.block_tokens, _PASS_TOKENS)))
+    with Crew(len(todo)) as crew:
+        for block in todo:
+            found.append((block, crew.submit(partial(_filled, lean, block, texts))))
+            if len(found) == 2 * crew.threads:
+                settle()
+        while found:
+            settle()
+
+
+def _filled(lean: Lean, block: Sequence[Piece], texts: Sequence[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, n, D] of a block's windows; what memory has of all of them already is left as it comes."""
+    ids, known = _ids(block, texts), min(piece.fresh - piece.start for piece in block)
+    whole = []
+    for part in lean.fill(ids, known, room):
+        batch, heads, _, dim = part.shape
+        whole.append(torch.empty(batch, heads, ids.shape[1], dim, dtype=part.dtype))
+        whole[-1][:, :, known:] = part
+    keys, values = whole
+    return keys, values
+
+
+def _ids(block: Sequence[Piece], texts: Sequence[Tensor]) -> Tensor:
+    """The tokens of a block's windows, padded on the right: [B, n]."""
+    ids = torch.zeros(len(block), max(piece.tokens for piece in block), dtype=torch.int64)
+    for number, piece in enumerate(block):
+        ids[number, : piece.tokens] = texts[piece.row][piece.start : piece.stop]
+    return ids
 
 
 def blocks(pieces: Sequence[Piece], tokens: int) -> Iterator[list[Piece]]:

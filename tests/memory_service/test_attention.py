@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from memory_service import attention, scan, verbs
@@ -84,6 +87,67 @@ def engines(queries: Tensor, keys: Tensor, values: Tensor, top_k: int, pieces: i
     found = engine.partial()
     shape = queries.shape
     return Partial(found.output.reshape(shape), found.lse.reshape(shape[:2]))
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_the_best_of_any_chunks_in_any_order_are_the_best_of_all(data: st.DataObject) -> None:
+    """Scores are small whole numbers: ties, and sums that are exact whatever their order."""
+    heads, rows, top_k = (data.draw(st.integers(1, most)) for most in (2, 3, 6))
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    queries = torch.randint(-2, 3, (heads, rows, 4), generator=generator).float()
+    engine, seen = TopK(queries, top_k), []
+    for number, size in enumerate(sizes):
+        keys, values = torch.randint(-2, 3, (2, heads, max(size, 1), 4), generator=generator).float().unbind()
+        chunk = Chunk(keys, values, ((0, size),) if size else (), largest_norms(keys), number << 40)
+        # Candidates may leave keys out, in another number for every row: what is missing is padding, -1.
+        named = data.draw(st.booleans())
+        found = torch.arange(max(size, 1)).expand(heads, rows, -1).clone()
+        if named:
+            found[torch.rand(found.shape, generator=generator) < 0.4] = -1
+            engine.add_candidates(chunk, found if size else torch.full_like(found, -1))
+        else:
+            engine.add(chunk)
+        visible = (found >= 0) & (torch.arange(max(size, 1)) < size)
+        scores = (queries @ keys.mT).masked_fill(~visible, -torch.inf)
+        seen += [(scores[..., row], row + (number << 40), values[:, row]) for row in range(size)]
+    pool = torch.stack([scores for scores, *_ in seen], dim=2) if seen else torch.zeros(heads, rows, 0)
+    want = torch.cat([pool, torch.full((heads, rows, top_k), -torch.inf)], dim=2).topk(top_k, dim=2).values
+    assert torch.equal(engine.scores.sort(dim=2, descending=True).values, want)
+    assert torch.equal(engine.rows < 0, engine.scores == -torch.inf)
+    at = {row: (scores, values) for scores, row, values in seen}
+    for head, query in itertools.product(range(heads), range(rows)):
+        kept = [row for row in engine.rows[head, query].tolist() if row >= 0]
+        assert len(kept) == len(set(kept))
+        for slot, row in enumerate(engine.rows[head, query].tolist()):
+            if row >= 0:
+                assert engine.scores[head, query, slot] == at[row][0][head, query]
+                assert torch.equal(engine.values[head, query, slot], at[row][1][head])
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_query_that_is_no_number_gets_no_answer_rather_than_a_wrong_one(top_k: int) -> None:
+    keys, values = random((2, 40, DIM), 0), random((2, 40, DIM), 1)
+    queries = random((2, 2, DIM), 2)
+    queries[1, 0, 0] = torch.nan
+    found = engines(queries, keys, values, top_k, pieces=3)
+    assert found.output.isnan().all(2).tolist() == [[False, False], [True, False]]
+
+
+@pytest.mark.parametrize("stored", [DType.F32, DType.BF16])
+@pytest.mark.parametrize("queries", [1, 3, 7, 8, 9])
+@pytest.mark.parametrize(("elements", "scores"), [(1 << 19, 1 << 20), (512 * DIM, 1), (300 * DIM, 2000)])
+def test_dense_equals_torch_for_few_queries_however_its_work_is_cut(
+    stored: DType, queries: int, elements: int, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_FEW_ELEMENTS", elements)
+    monkeypatch.setattr(attention, "_FEW_SCORES", scores)
+    keys, values = random((3, 1300, DIM), 0, stored), random((3, 1300, DIM), 1, stored)
+    asked = 3 * random((3, queries, DIM), 2)
+    want = attention.attend(asked * DIM**-0.5, keys, values)
+    for pieces in (1, 4):
+        assert error(engines(asked, keys, values, 0, pieces), want) < F32_BAR
 
 
 # --- Sizes ----------------------------------------------------------------------------------------------------------
