@@ -7,6 +7,7 @@ N lists, O outliers, D head_dim. An inverted-file index ("IVFn,…") is more tha
   score high in a list whose centroid looks dull.
 - The keys farthest from every centroid (1 in 128) are kept apart and scored exactly for every query. The one key a
   look-up is after is often such a lone key, and neither lists nor short codes serve it.
+- RaBitQ is asked for queries as long as keys are: its scores err the more the farther a query lies from a centroid.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ Read = Callable[[int, int], Tensor]
 
 FORMAT = "fot.index.v1"
 RADIUS_WEIGHT = 0.25
+STRETCH = 4.0  # The longest a query is made for RaBitQ, in norms of the centroid it is closest to.
 OUTLIER_LIMIT = 1 / 64  # Of the keys, should the sample have misjudged the rest.
 SAMPLE_BYTES = 256 << 20  # Of keys to train on, all heads of a layer together.
 SAMPLE_TOKENS = 1 << 18
@@ -248,7 +250,7 @@ def _replace_quantizer(index: Any, quantizer: Any) -> None:
 
 
 class WholeIndex:
-    """An index without lists: Faiss's own Flat, SQ, PQ, RaBitQ or HNSW."""
+    """An index without lists: Faiss's own Flat, SQ or HNSW."""
 
     def __init__(self, index: Any):
         self._index = index
@@ -319,11 +321,16 @@ class ListsIndex:
         reach = torch.addmm(scores, rows.norm(dim=1, keepdim=True), self._radii[None], alpha=RADIUS_WEIGHT)
         lists = _largest(reach.numpy(), how.nprobe)
         coarse = np.take_along_axis(scores.numpy(), lists, axis=1)
+        lengths = self._lengths(rows, scores) if isinstance(self._index, faiss.IndexIVFRaBitQ) else None
+        asked = queries if lengths is None else queries * lengths
         best = np.empty((len(queries), candidates), np.float32)
         ids = np.empty((len(queries), candidates), np.int64)
-        pointers = [faiss.swig_ptr(one) for one in (lists, coarse, best, ids)]
-        # The Python wrapper of this call takes no parameters and reads nprobe from the shared index.
-        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), candidates, *pointers, False, how)
+        query, *rest = [faiss.swig_ptr(one) for one in (asked, lists, coarse, best, ids)]
+        # The Python wrapper of this call takes no parameters and reads nprobe from the shared index. Residual codes
+        # want `coarse` to be q·c, which Faiss's own search would not give them: its quantizer here is an L2 one.
+        self._index.search_preassigned_c(len(queries), query, candidates, *rest, False, how)
+        if lengths is not None:
+            best /= lengths
         if not len(self._outlier_ids):
             return ids
         # Scores by code are exact ones but for rounding, so they rank together.
@@ -338,6 +345,18 @@ class ListsIndex:
         picked = np.where(places < outliers, self._outlier_ids[np.minimum(places, outliers - 1)], listed)
         picked[np.take_along_axis(both, places, axis=1) == -np.inf] = -1
         return picked
+
+    def _lengths(self, rows: Tensor, scores: Tensor) -> Floats:
+        """Factors [R, 1] that put queries [R, D] beside the keys: their scores by RaBitQ err least there.
+
+        It rounds q - c, so the error of q·x grows with |q - c| where q·x itself grows with |q|: a query much shorter
+        than the keys drowns in it. |q - c| / |q| is least where q's projection on c is c, its best centroid.
+        """
+        best, which = scores.max(dim=1)
+        centroid = self._centroids.norm(dim=0)[which]
+        longest = STRETCH * centroid / rows.norm(dim=1)
+        wanted = torch.where(best > 0, centroid * (centroid / best), longest).minimum(longest)
+        return torch.where(wanted.isfinite() & (wanted > 0), wanted, 1.0)[:, None].numpy()
 
     def pieces(self) -> Sequence[Buffer]:
         data = faiss.serialize_index(self._index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,34 @@ def test_more_lists_find_more() -> None:
     queries, unit = queries_near(keys), build(keys)
     few, many = (unit.search(0, 0, queries, 64, {"nprobe": nprobe}) for nprobe in (1, 200))
     assert recall(few, best(keys, queries, 16)) + 0.1 < recall(many, best(keys, queries, 16))
+
+
+@pytest.mark.parametrize("length", [0.01, 100.0])
+@pytest.mark.parametrize(
+    ("codec", "least"),
+    [
+        ("Flat", 1.0), ("SQ8", 1.0), ("SQ6", 1.0), ("SQ4", 0.98), ("SQfp16", 1.0), ("SQbf16", 1.0), ("PQ8", 0.9),
+        ("PQ16x4fs", 0.95), ("PQ8x4fsr", 0.9), ("PQ32x4fsr", 0.98), ("RaBitQ", 0.97),
+    ],
+)  # fmt: skip
+def test_looking_into_more_lists_never_finds_less(codec: str, least: float, length: float) -> None:
+    keys = (clustered(8192, 32).float() + 3.0).bfloat16()  # Attention keys have a mean far from zero.
+    queries = length * queries_near(keys, 100)
+    unit = build(keys, f"IVF64,{codec}")
+    recalls = [
+        recall(unit.search(0, 0, queries, 128, {"nprobe": nprobe}), best(keys, queries, 16))
+        for nprobe in (2, 8, 32, 64)
+    ]
+    assert all(more >= less - 0.005 for less, more in pairwise(recalls))
+    assert recalls[-1] >= least
+
+
+@pytest.mark.parametrize("factory", [one for one in FACTORIES if one.startswith("IVF")])
+def test_how_long_a_query_is_does_not_change_what_it_finds(factory: str) -> None:
+    keys = clustered(4096)
+    queries, unit = queries_near(keys), build(keys, factory)
+    found, same = (np.sort(unit.search(0, 0, length * queries, 64, {"nprobe": 8})) for length in (1.0, 2.0**-9))
+    assert np.array_equal(found, same)
 
 
 def test_lone_keys_in_a_repetitive_haystack_are_found() -> None:
