@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_service import Memory, index
+from memory_service import Memory, factories, index
 from memory_service.errors import Cancelled, InvalidArgument, ResourceExhausted
 from memory_service.index import IndexedDocument, IndexUnit
 from memory_service.types import Cancel, DType, Fingerprint, IndexPolicy, MemorySpec
@@ -116,6 +116,28 @@ def test_looking_into_more_lists_never_finds_less(codec: str, least: float, leng
     ]
     assert all(more >= less - 0.005 for less, more in pairwise(recalls))
     assert recalls[-1] >= least
+
+
+@pytest.mark.parametrize("factory", ["IVF64,SQ8", "IVF64,PQ16x4fsr", "IVF64,PQ16x4fs", "IVF64,RaBitQ"])
+def test_queries_asked_together_find_what_each_finds_alone(factory: str) -> None:
+    keys = clustered(4096)
+    queries, unit = queries_near(keys, 1500), build(keys, factory)
+    together = unit.search(0, 0, queries, 96, {"nprobe": 16})
+    some = range(0, 1500, 50)
+    alone = [unit.search(0, 0, queries[row : row + 1], 96, {"nprobe": 16})[0] for row in some]
+    assert all(len(np.intersect1d(one, other)) >= 94 for one, other in zip(together[::50], alone, strict=True))
+
+
+def test_few_keys_are_kept_apart_however_many_there_are() -> None:
+    assert [factories.outlier_count(tokens) for tokens in (0, 1280, 1 << 20, 1 << 24)] == [0, 10, 8192, 16_384]
+
+
+def test_the_sample_foretells_how_many_keys_are_kept_apart() -> None:
+    # 64 rows a list are little in 64 dimensions: measured on themselves, keys look closer to their list than they are.
+    keys = torch.randn(49_152, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    apart = build(keys, "IVF64,SQ8").nbytes - (49_152 * (64 + 8) + 4 * 2 * 64 * 64)
+    each = 4 * 64 - (64 + 8)
+    assert 0.7 * 384 < apart / each < 1.4 * 384
 
 
 @pytest.mark.parametrize("factory", [one for one in FACTORIES if one.startswith("IVF")])
