@@ -16,7 +16,8 @@ from memory_service.types import MemorySpec
 MAX_LISTS = 16_384
 MAX_PARAM = 65_536
 PARAMS = ("nprobe", "efSearch", "candidates")
-OUTLIER_SHARE = 1 / 128  # Of the keys, kept apart from the lists and scored exactly.
+OUTLIER_SHARE = 1 / 128  # Of the keys, kept apart from the lists and scored exactly, …
+MAX_OUTLIERS = MAX_LISTS  # … but no more: at every query they cost what choosing among as many lists does.
 
 # Only the first kind may stand without lists: Faiss cannot restrict the second to a scope then.
 _FACTORY = re.compile(
@@ -91,6 +92,11 @@ def choose_factory(tokens: int, dim: int, policy_factory: str) -> str:
     return f"IVF{min(1 << ((16 * tokens).bit_length() - 1) // 2, MAX_LISTS)},PQ{dim}x4fsr"
 
 
+def outlier_count(tokens: int) -> int:
+    """About how many of so many keys are kept apart."""
+    return min(int(tokens * OUTLIER_SHARE), MAX_OUTLIERS)
+
+
 def default_candidates(factory: str, dim: int, top_k: int) -> int:
     """How many candidates to score again so that the codes' rounding costs little recall at `top_k`."""
     return max(3 * top_k, 64) if parse_factory(factory, dim).coarse else top_k + max(top_k // 4, 8)
@@ -99,6 +105,6 @@ def default_candidates(factory: str, dim: int, top_k: int) -> int:
 def estimate_bytes(tokens: int, spec: MemorySpec, factory: str) -> int:
     """About how many bytes an index of `tokens` takes, all layers and heads, in RAM and on disk."""
     shape = parse_factory(choose_factory(tokens, spec.head_dim, factory), spec.head_dim)
-    apart = int(tokens * OUTLIER_SHARE) + 2 * shape.lists if shape.lists else 0
+    apart = outlier_count(tokens) + 2 * shape.lists if shape.lists else 0
     per_head = tokens * (shape.code_bytes + 8) + apart * 4 * spec.head_dim
     return len(spec.layers) * spec.kv_heads * per_head

@@ -5,8 +5,9 @@ N lists, O outliers, D head_dim. An inverted-file index ("IVFn,…") is more tha
 
 - Lists are visited in the order of `q·c + RADIUS_WEIGHT·|q|·radius` instead of `q·c`: a key far from its centroid can
   score high in a list whose centroid looks dull.
-- The keys farthest from every centroid (1 in 128) are kept apart and scored exactly for every query. The one key a
-  look-up is after is often such a lone key, and neither lists nor short codes serve it.
+- The keys farthest from every centroid (1 in 128, about 16,384 at most) are kept apart and scored exactly for every
+  query. The one key a look-up is after is often such a lone key, and neither lists nor short codes serve it.
+- RaBitQ is asked for queries as long as keys are: its scores err the more the farther a query lies from a centroid.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from torch import Tensor
 from memory_service import sidecars
 from memory_service.clustering import Floats, Ints, distinct, outlier_reach, train_centroids
 from memory_service.factories import (
-    OUTLIER_SHARE,
     Factory,
     check_factory,
     check_params,
     choose_factory,
     default_candidates,
     estimate_bytes,
+    outlier_count,
     parse_factory,
 )
 from memory_service.index_unit import Bits, HeadIndex, IndexedDocument, IndexUnit
@@ -59,13 +60,15 @@ Read = Callable[[int, int], Tensor]
 
 FORMAT = "fot.index.v1"
 RADIUS_WEIGHT = 0.25
-OUTLIER_LIMIT = 1 / 64  # Of the keys, should the sample have misjudged the rest.
+STRETCH = 4.0  # The longest a query is made for RaBitQ, in norms of the centroid it is closest to.
+OUTLIER_SLACK = 2  # Times as many outliers as are wanted, should the sample have misjudged the rest.
 SAMPLE_BYTES = 256 << 20  # Of keys to train on, all heads of a layer together.
 SAMPLE_TOKENS = 1 << 18
 SAMPLE_PER_LIST = 64
 CODE_SAMPLE = 1 << 14  # Keys that codes, and what is an outlier, are learnt from.
 DISTINCT_PER_LIST = 4  # Fewer lists are made if the keys are so alike.
 BLOCK_FLOATS = 1 << 22  # Of what one step of a build or a search holds in float32.
+SEARCH_ROWS = 4096  # Query rows that visit lists together.
 faiss: Any = _faiss  # Its type stubs miss half of what it has.
 _HEADER = struct.Struct("<qqq")  # Of a head's file: bytes of Faiss's part, lists, outliers.
 _deserialising = threading.Lock()  # Faiss's limits on what it reads belong to the process.
@@ -160,17 +163,25 @@ class _ListsBuilder:
     """Builds an index with lists, radii and outliers."""
 
     def __init__(self, shape: Factory, sample: Floats, tokens: int, cancel: Cancel):
-        different = distinct(sample)
+        whole = len(sample) == tokens
+        some = np.arange(len(sample))[:: max(1 if whole else 4, len(sample) // CODE_SAMPLE)]
+        # Centroids lie close to what they were made of: other keys tell how far from them keys are.
+        different = distinct(sample if whole else np.delete(sample, some, axis=0))
         lists = min(shape.lists, max(1, len(different) // DISTINCT_PER_LIST))
         centroids = train_centroids(different, lists, _nearest, 0, cancel)  # [N, D]
         self._quantizer = _flat_l2(centroids)
-        self._index = _empty(replace(shape, lists=lists), sample.shape[1])
+        self._fast = shape.codec.partition("fs")[1:]  # ("fs", "r"), ("fs", "") or ("", "").
+        plain = replace(shape, lists=lists, codec=shape.codec.partition("fs")[0])
+        self._index = _empty(plain, sample.shape[1])
+        if self._fast[0]:
+            self._index.by_residual = self._fast[1] == "r"
         _replace_quantizer(self._index, _flat_l2(centroids))
-        some = sample[:: max(1, len(sample) // CODE_SAMPLE)]
-        distances, _ = _nearest(centroids, some)
-        self._reach = outlier_reach(some, distances, OUTLIER_SHARE)
-        self._room = int(tokens * OUTLIER_LIMIT)
-        self._index.train(_for_codes(some[distances <= self._reach]))
+        apart = sample[some]
+        distances, _ = _search_one(self._quantizer, apart)
+        share = outlier_count(tokens) / max(tokens, 1)
+        self._reach = outlier_reach(apart, distances, share)
+        self._room = int(OUTLIER_SLACK * outlier_count(tokens))
+        self._index.train(_for_codes(apart[distances <= self._reach]))
         self._radii = np.zeros(lists, np.float32)  # Squared until `finish`.
         self._ids: list[Ints] = []
         self._outliers: list[Floats] = []
@@ -185,14 +196,12 @@ class _ListsBuilder:
         near[far] = False
         np.maximum.at(self._radii, lists[near], distances[near])
         ids = first_id + np.flatnonzero(near)
-        if isinstance(self._index, faiss.IndexIVFFastScan):
-            self._index.add_with_ids(keys[near], ids)
-        else:
-            rest, owners = keys[near], lists[near]
-            self._index.add_core(len(rest), faiss.swig_ptr(rest), faiss.swig_ptr(ids), faiss.swig_ptr(owners))
+        rest, owners = keys[near], lists[near]
+        self._index.add_core(len(rest), faiss.swig_ptr(rest), faiss.swig_ptr(ids), faiss.swig_ptr(owners))
 
     def finish(self) -> ListsIndex:
-        return ListsIndex(self._index, np.sqrt(self._radii), np.concatenate(self._ids), np.concatenate(self._outliers))
+        index = _fast_scan(self._index) if self._fast[0] else self._index
+        return ListsIndex(index, np.sqrt(self._radii), np.concatenate(self._ids), np.concatenate(self._outliers))
 
 
 def _floats(keys: Tensor) -> Floats:
@@ -213,6 +222,14 @@ def _for_codes(rows: Floats) -> Floats:
 
 def _nearest(centroids: Floats, rows: Floats) -> tuple[Floats, Ints]:
     return _search_one(_flat_l2(centroids), rows)
+
+
+def _fast_scan(plain: Any) -> Any:
+    """The same lists packed for fast scan; `plain` is emptied. Adding to such lists would look for each key's again."""
+    packed = faiss.IndexIVFPQFastScan(plain)
+    plain.own_fields, packed.own_fields = False, True  # The quantizer.
+    plain.reset()
+    return packed
 
 
 def _search_one(index: Any, rows: Floats) -> tuple[Floats, Ints]:
@@ -248,7 +265,7 @@ def _replace_quantizer(index: Any, quantizer: Any) -> None:
 
 
 class WholeIndex:
-    """An index without lists: Faiss's own Flat, SQ, PQ, RaBitQ or HNSW."""
+    """An index without lists: Faiss's own Flat, SQ or HNSW."""
 
     def __init__(self, index: Any):
         self._index = index
@@ -306,38 +323,65 @@ class ListsIndex:
             # What is allowed is thinner in every list: look further for it.
             nprobe /= max(np.count_nonzero(np.unpackbits(allowed)) / self.keys, 0.25)
         how = faiss.SearchParametersIVF(nprobe=min(int(params.get("nprobe", nprobe)), lists), sel=selector)
-        rows = max(1, BLOCK_FLOATS // (lists + len(self._outlier_ids) + candidates))
         found = [
-            self._search(queries[first : first + rows], candidates, how, outside)
-            for first in range(0, len(queries), rows)
+            self._search(queries[first : first + SEARCH_ROWS], candidates, how, outside)
+            for first in range(0, len(queries), SEARCH_ROWS)
         ]
         return found[0] if len(found) == 1 else np.concatenate([np.empty((0, candidates), np.int64), *found])
 
     def _search(self, queries: Floats, candidates: int, how: Any, outside: NDArray[np.bool_] | None) -> Ints:
         rows = torch.from_numpy(queries)  # [R, D]
-        scores = rows @ self._centroids  # [R, N]
-        reach = torch.addmm(scores, rows.norm(dim=1, keepdim=True), self._radii[None], alpha=RADIUS_WEIGHT)
-        lists = _largest(reach.numpy(), how.nprobe)
-        coarse = np.take_along_axis(scores.numpy(), lists, axis=1)
+        step = max(1, BLOCK_FLOATS // max(len(self._radii), len(self._outlier_ids)))
+        chosen = [self._choose(block, how.nprobe) for block in rows.split(step)]
+        lists, coarse, lengths = (np.concatenate(part) for part in zip(*chosen, strict=True))
         best = np.empty((len(queries), candidates), np.float32)
         ids = np.empty((len(queries), candidates), np.int64)
-        pointers = [faiss.swig_ptr(one) for one in (lists, coarse, best, ids)]
-        # The Python wrapper of this call takes no parameters and reads nprobe from the shared index.
-        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), candidates, *pointers, False, how)
+        asked = queries * lengths  # A name keeps it alive: pointers do not.
+        query, *rest = [faiss.swig_ptr(one) for one in (asked, lists, coarse, best, ids)]
+        # All rows at once: Faiss reads a list once for several of them. The Python wrapper of this call takes no
+        # parameters and reads nprobe from the shared index. Residual codes want `coarse` to be q·c, which Faiss's own
+        # search would not give them: its quantizer here is an L2 one.
+        self._index.search_preassigned_c(len(queries), query, candidates, *rest, False, how)
         if not len(self._outlier_ids):
             return ids
-        # Scores by code are exact ones but for rounding, so they rank together.
+        best /= lengths  # Scores by code are exact ones but for rounding, so they rank together.
+        best[ids < 0] = -np.inf
+        apart = [self._apart(block, candidates, outside) for block in rows.split(step)]
+        scores, outliers = (np.concatenate(part) for part in zip(*apart, strict=True))
+        both = np.concatenate([scores, best], axis=1)
+        places = _largest(both, candidates)
+        picked: Ints = np.take_along_axis(np.concatenate([outliers, ids], axis=1), places, axis=1)
+        picked[np.take_along_axis(both, places, axis=1) == -np.inf] = -1
+        return picked
+
+    def _choose(self, rows: Tensor, nprobe: int) -> tuple[Ints, Floats, Floats]:
+        """Lists for query rows [R, D] to visit [R, nprobe], their q·c, and how much longer to make the rows [R, 1]."""
+        scores = rows @ self._centroids  # [R, N]
+        reach = torch.addmm(scores, rows.norm(dim=1, keepdim=True), self._radii[None], alpha=RADIUS_WEIGHT)
+        lists = _largest(reach.numpy(), nprobe)
+        rounded = isinstance(self._index, faiss.IndexIVFRaBitQ)
+        lengths = self._lengths(rows, scores) if rounded else np.ones((len(rows), 1), np.float32)
+        return lists, np.take_along_axis(scores.numpy(), lists, axis=1), lengths
+
+    def _apart(self, rows: Tensor, count: int, outside: NDArray[np.bool_] | None) -> tuple[Floats, Ints]:
+        """Exact scores of the best outliers, and their ids: [R, up to `count`]."""
         exact = (rows @ self._outliers).numpy()  # [R, O]
         if outside is not None:
             exact[:, outside] = -np.inf
-        best[ids < 0] = -np.inf
-        both = np.concatenate([exact, best], axis=1)
-        places = _largest(both, candidates)
-        outliers = len(self._outlier_ids)
-        listed = np.take_along_axis(ids, np.maximum(places - outliers, 0), axis=1)
-        picked = np.where(places < outliers, self._outlier_ids[np.minimum(places, outliers - 1)], listed)
-        picked[np.take_along_axis(both, places, axis=1) == -np.inf] = -1
-        return picked
+        places = _largest(exact, min(count, exact.shape[1]))
+        return np.take_along_axis(exact, places, axis=1), self._outlier_ids[places]
+
+    def _lengths(self, rows: Tensor, scores: Tensor) -> Floats:
+        """Factors [R, 1] that put queries [R, D] beside the keys: their scores by RaBitQ err least there.
+
+        It rounds q - c, so the error of q·x grows with |q - c| where q·x itself grows with |q|: a query much shorter
+        than the keys drowns in it. |q - c| / |q| is least where q's projection on c is c, its best centroid.
+        """
+        best, which = scores.max(dim=1)
+        centroid = self._centroids.norm(dim=0)[which]
+        longest = STRETCH * centroid / rows.norm(dim=1)
+        wanted = torch.where(best > 0, centroid * (centroid / best), longest).minimum(longest)
+        return torch.where(wanted.isfinite() & (wanted > 0), wanted, 1.0)[:, None].numpy()
 
     def pieces(self) -> Sequence[Buffer]:
         data = faiss.serialize_index(self._index)

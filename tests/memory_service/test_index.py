@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_service import Memory, index
+from memory_service import Memory, factories, index
 from memory_service.errors import Cancelled, InvalidArgument, ResourceExhausted
 from memory_service.index import IndexedDocument, IndexUnit
 from memory_service.types import Cancel, DType, Fingerprint, IndexPolicy, MemorySpec
@@ -95,6 +96,56 @@ def test_more_lists_find_more() -> None:
     queries, unit = queries_near(keys), build(keys)
     few, many = (unit.search(0, 0, queries, 64, {"nprobe": nprobe}) for nprobe in (1, 200))
     assert recall(few, best(keys, queries, 16)) + 0.1 < recall(many, best(keys, queries, 16))
+
+
+@pytest.mark.parametrize("length", [0.01, 100.0])
+@pytest.mark.parametrize(
+    ("codec", "least"),
+    [
+        ("Flat", 1.0), ("SQ8", 1.0), ("SQ6", 1.0), ("SQ4", 0.98), ("SQfp16", 1.0), ("SQbf16", 1.0), ("PQ8", 0.9),
+        ("PQ16x4fs", 0.95), ("PQ8x4fsr", 0.9), ("PQ32x4fsr", 0.98), ("RaBitQ", 0.97),
+    ],
+)  # fmt: skip
+def test_looking_into_more_lists_never_finds_less(codec: str, least: float, length: float) -> None:
+    keys = (clustered(8192, 32).float() + 3.0).bfloat16()  # Attention keys have a mean far from zero.
+    queries = length * queries_near(keys, 100)
+    unit = build(keys, f"IVF64,{codec}")
+    recalls = [
+        recall(unit.search(0, 0, queries, 128, {"nprobe": nprobe}), best(keys, queries, 16))
+        for nprobe in (2, 8, 32, 64)
+    ]
+    assert all(more >= less - 0.005 for less, more in pairwise(recalls))
+    assert recalls[-1] >= least
+
+
+@pytest.mark.parametrize("factory", ["IVF64,SQ8", "IVF64,PQ16x4fsr", "IVF64,PQ16x4fs", "IVF64,RaBitQ"])
+def test_queries_asked_together_find_what_each_finds_alone(factory: str) -> None:
+    keys = clustered(4096)
+    queries, unit = queries_near(keys, 1500), build(keys, factory)
+    together = unit.search(0, 0, queries, 96, {"nprobe": 16})
+    some = range(0, 1500, 50)
+    alone = [unit.search(0, 0, queries[row : row + 1], 96, {"nprobe": 16})[0] for row in some]
+    assert all(len(np.intersect1d(one, other)) >= 94 for one, other in zip(together[::50], alone, strict=True))
+
+
+def test_few_keys_are_kept_apart_however_many_there_are() -> None:
+    assert [factories.outlier_count(tokens) for tokens in (0, 1280, 1 << 20, 1 << 24)] == [0, 10, 8192, 16_384]
+
+
+def test_the_sample_foretells_how_many_keys_are_kept_apart() -> None:
+    # 64 rows a list are little in 64 dimensions: measured on themselves, keys look closer to their list than they are.
+    keys = torch.randn(49_152, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    apart = build(keys, "IVF64,SQ8").nbytes - (49_152 * (64 + 8) + 4 * 2 * 64 * 64)
+    each = 4 * 64 - (64 + 8)
+    assert 0.7 * 384 < apart / each < 1.4 * 384
+
+
+@pytest.mark.parametrize("factory", [one for one in FACTORIES if one.startswith("IVF")])
+def test_how_long_a_query_is_does_not_change_what_it_finds(factory: str) -> None:
+    keys = clustered(4096)
+    queries, unit = queries_near(keys), build(keys, factory)
+    found, same = (np.sort(unit.search(0, 0, length * queries, 64, {"nprobe": 8})) for length in (1.0, 2.0**-9))
+    assert np.array_equal(found, same)
 
 
 def test_lone_keys_in_a_repetitive_haystack_are_found() -> None:
