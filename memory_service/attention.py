@@ -211,7 +211,7 @@ def _by_chunk(chunks: Sequence[Chunk], places: Tensor) -> Iterator[tuple[Chunk, 
     owner = (torch.bucketize(places, bases, right=True) - 1).clamp_(min=0)
     order = owner.to(torch.int16).argsort(stable=True)
     counts = owner.bincount(minlength=len(ordered)).tolist()
-    for chunk, which in zip(ordered, order.split(counts), strict=True):
+    for chunk, which in zip(ordered, torch.split(order, counts), strict=True):
         if len(which):
             yield chunk, which, (places[which] - chunk.base).clamp_(min=0)
 
