@@ -5,7 +5,7 @@ H key/value heads, R query rows of a head (query heads that share it, times quer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -100,16 +100,16 @@ class TopK:
                 part = (slice(head, min(head + group, h)), slice(row, min(row + step, rows)))
                 (self._add_all if few else self._add_survivors)(chunk, *part)
 
-    def add_candidates(self, chunk: Chunk, found: Tensor) -> None:
-        """Look only at these rows of the chunk, in scope or not: [H, R, C], -1 is padding, no row twice."""
-        h, rows, width = found.shape
+    def add_candidates(self, chunks: Sequence[Chunk], places: Tensor) -> None:
+        """Look only at these rows, in scope or not: [H, R, C] with their chunk's base, -1 is padding, none twice."""
+        h, rows, width = places.shape
         step = max(1, _PIECE_ELEMENTS // max(1, width * self.queries.shape[2]))
         for head in range(h):
             for row in range(0, rows, step):
                 self.cancel.check()
-                part = found[head, row : row + step]
-                scores = self._score(chunk, head, slice(row, row + step), part)
-                self._keep(chunk, slice(head, head + 1), slice(row, row + step), scores[None], part[None])
+                part = places[head, row : row + step]
+                scores = self._score(chunks, head, slice(row, row + step), part)
+                self._keep(chunks, slice(head, head + 1), slice(row, row + step), scores[None], part[None])
 
     def narrow(self, rows: slice) -> TopK:
         """The same best keys, for some of the query rows: what is added there is added here."""
@@ -138,7 +138,7 @@ class TopK:
             keys = scan.load(chunk.keys[heads.start + head], list(chunk.runs), wide)
             torch.mm(queries[head], keys.T, out=scores[head])
         best = scores.topk(min(self.top_k, scores.shape[2]), dim=2, sorted=False)
-        self._keep(chunk, heads, rows, best.values, chunk.rows(best.indices))
+        self._keep([chunk], heads, rows, best.values, chunk.rows(best.indices) + chunk.base)
 
     def _add_survivors(self, chunk: Chunk, heads: slice, rows: slice) -> None:
         """Scan for groups that may matter, then score their keys in float32."""
@@ -172,25 +172,29 @@ class TopK:
                 places = places.masked_fill((padded[:, :, None] < 0) | (places >= chunk.size), -1).flatten(1)
                 absolute_head = heads.start + head
                 absolute = slice(rows.start + done - head * r, rows.start + stop - head * r)
-                found = chunk.rows(places.clamp(min=0)).masked_fill_(places < 0, -1)
-                scores = self._score(chunk, absolute_head, absolute, found)
-                self._keep(chunk, slice(absolute_head, absolute_head + 1), absolute, scores[None], found[None])
+                found = (chunk.rows(places.clamp(min=0)) + chunk.base).masked_fill_(places < 0, -1)
+                scores = self._score([chunk], absolute_head, absolute, found)
+                self._keep([chunk], slice(absolute_head, absolute_head + 1), absolute, scores[None], found[None])
             done = stop
 
-    def _score(self, chunk: Chunk, head: int, rows: slice, found: Tensor) -> Tensor:
-        """Exact scores [r, C] of one head's query rows for chunk rows [r, C]; -inf where the row is -1."""
-        stored = chunk.keys[head]
-        gathered = self.arena.take("gathered", (found.numel(), stored.shape[1]), stored.dtype, stored.device)
-        torch.index_select(stored, 0, found.clamp(min=0).flatten(), out=gathered)
-        wide = self.arena.take("wide", (*found.shape, stored.shape[1]), torch.float32, stored.device).view(
-            gathered.shape
-        )
-        keys = wide.copy_(gathered).view(*found.shape, -1)
-        scores = (self.queries[head, rows][:, None] @ keys.mT).squeeze(1)
-        return scores.masked_fill_(found < 0, -torch.inf)
+    def _score(self, chunks: Sequence[Chunk], head: int, rows: slice, places: Tensor) -> Tensor:
+        """Exact scores [r, C] of one head's query rows for rows of the chunks; -inf where the place is -1."""
+        stored = chunks[0].keys
+        wide = self.arena.take("wide", (*places.shape, stored.shape[2]), torch.float32, stored.device)
+        flat = wide.view(-1, stored.shape[2])
+        for chunk, which, inside in _by_chunk(chunks, places.flatten()):
+            shape = (len(inside), stored.shape[2])
+            gathered = self.arena.take("gathered", shape, stored.dtype, stored.device)
+            torch.index_select(chunk.keys[head], 0, inside, out=gathered)
+            if which is None:
+                flat.copy_(gathered)
+            else:
+                flat.index_copy_(0, which, gathered.float())
+        scores = (self.queries[head, rows][:, None] @ wide.mT).squeeze(1)
+        return scores.masked_fill_(places < 0, -torch.inf)
 
-    def _keep(self, chunk: Chunk, heads: slice, rows: slice, scores: Tensor, found: Tensor) -> None:
-        """Merge new scores [h, r, C] into the best K and fetch the values of those that made it."""
+    def _keep(self, chunks: Sequence[Chunk], heads: slice, rows: slice, scores: Tensor, found: Tensor) -> None:
+        """Merge new scores [h, r, C] of places into the best K and fetch the values of those that made it."""
         best = torch.cat([self.scores[heads, rows], scores], dim=2).topk(self.top_k, dim=2, sorted=False).indices
         chosen = torch.zeros(*scores.shape[:2], self.top_k + scores.shape[2], dtype=torch.bool, device=scores.device)
         chosen.scatter_(2, best, True)
@@ -203,8 +207,29 @@ class TopK:
         slot = free.nonzero(as_tuple=True)[2]  # As many of every row, in the same order.
         places = found[head, row, place]
         self.scores[heads, rows][head, row, slot] = scores[head, row, place]
-        self.rows[heads, rows][head, row, slot] = places + chunk.base
-        self.values[heads, rows][head, row, slot] = chunk.values[heads][head, places].float()
+        self.rows[heads, rows][head, row, slot] = places
+        values = self.values[heads, rows]
+        for chunk, which, inside in _by_chunk(chunks, places):
+            h, r, s = (head, row, slot) if which is None else (head[which], row[which], slot[which])
+            values[h, r, s] = chunk.values[heads][h, inside].float()
+
+
+def _by_chunk(chunks: Sequence[Chunk], places: Tensor) -> Iterator[tuple[Chunk, Tensor | None, Tensor]]:
+    """Places [n] by the chunk they are in: (chunk, which of them or None for all, their rows in it).
+
+    Padding, -1, is taken for any row of the first chunk.
+    """
+    if len(chunks) == 1:
+        yield chunks[0], None, (places - chunks[0].base).clamp_(min=0)
+        return
+    ordered = sorted(chunks, key=lambda chunk: chunk.base)
+    bases = torch.tensor([chunk.base for chunk in ordered], device=places.device)
+    owner = (torch.bucketize(places, bases, right=True) - 1).clamp_(min=0)
+    order = owner.to(torch.int16).argsort(stable=True)
+    counts = owner.bincount(minlength=len(ordered)).tolist()
+    for chunk, which in zip(ordered, torch.split(order, counts), strict=True):
+        if len(which):
+            yield chunk, which, (places[which] - chunk.base).clamp_(min=0)
 
 
 class Dense:

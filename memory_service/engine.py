@@ -156,11 +156,11 @@ class _Call:
             self._feed(best, plan)
         else:
             for unit in plan.units:
-                for chunk, found in candidates(
+                chunks, places = candidates(
                     self.memory, plan, unit, self.layer, self.family.queries, self.options, self.provenance
-                ):
-                    self.cancel.check()
-                    best.add_candidates(chunk, found)
+                )
+                if chunks:
+                    best.add_candidates(chunks, places)
             rest = tail(self.memory, plan)
             self._feed(best, rest)
             name += "+exact" if rest.tokens or any(m.group.scope.sessions for m in self.family.members) else ""

@@ -332,7 +332,7 @@ class ListsIndex:
     def _search(self, queries: Floats, candidates: int, how: Any, outside: NDArray[np.bool_] | None) -> Ints:
         rows = torch.from_numpy(queries)  # [R, D]
         step = max(1, BLOCK_FLOATS // max(len(self._radii), len(self._outlier_ids)))
-        chosen = [self._choose(block, how.nprobe) for block in rows.split(step)]
+        chosen = [self._choose(block, how.nprobe) for block in torch.split(rows, step)]
         lists, coarse, lengths = (np.concatenate(part) for part in zip(*chosen, strict=True))
         best = np.empty((len(queries), candidates), np.float32)
         ids = np.empty((len(queries), candidates), np.int64)
@@ -346,7 +346,7 @@ class ListsIndex:
             return ids
         best /= lengths  # Scores by code are exact ones but for rounding, so they rank together.
         best[ids < 0] = -np.inf
-        apart = [self._apart(block, candidates, outside) for block in rows.split(step)]
+        apart = [self._apart(block, candidates, outside) for block in torch.split(rows, step)]
         scores, outliers = (np.concatenate(part) for part in zip(*apart, strict=True))
         both = np.concatenate([scores, best], axis=1)
         places = _largest(both, candidates)

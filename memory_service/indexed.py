@@ -5,7 +5,7 @@ H kv heads, R query rows, D head_dim, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,8 +72,11 @@ def candidates(
     queries: Tensor,
     options: AttendOptions,
     provenance: Provenance,
-) -> Iterator[tuple[Chunk, Tensor]]:
-    """What the index would look at, to be scored exactly: (chunk, its rows [H, R, C] or -1), a slab at a time."""
+) -> tuple[list[Chunk], Tensor]:
+    """What the index would look at, to be scored exactly: chunks, and rows of them with their base, -1 for none.
+
+    The rows are [H, R, C].
+    """
     cover = _cover(plan, unit)
     search = {name: value for name, value in options.search.items() if name != "candidates"}
     usual = default_candidates(unit.factory, queries.shape[2], options.top_k)
@@ -83,18 +86,24 @@ def candidates(
         [unit.search(layer, head, flat[head], wanted, search, cover.allowed) for head in range(queries.shape[0])]
     )
     place = np.searchsorted(cover.first, ids, side="right") - 1
-    row = ids - cover.first[place] + cover.row[place]
     slab = np.where(ids >= 0, cover.slab[place], _COLD - 1)
-    for number in np.unique(slab[ids >= 0]):
-        here = slab == number
-        found = _squeeze(np.where(here, row, -1), here)
-        if number != _COLD:
-            target = cover.slabs[number]
-            chunk = target.chunk(layer, ((0, max(target.used)),), provenance.base(target.locate))
-            yield chunk, torch.from_numpy(found).to(queries.device)
-        else:
-            document = _squeeze(np.where(here, cover.document[place], -1), here)
-            yield _gather_cold(memory, cover, layer, document, found, provenance, queries.device)
+    chunks: list[Chunk] = []
+    bases = np.zeros(len(cover.slabs), np.int64)
+    for number in np.unique(slab[slab >= 0]):
+        target = cover.slabs[number]
+        chunks.append(target.chunk(layer, ((0, max(target.used)),), provenance.base(target.locate)))
+        bases[number] = chunks[-1].base
+    found = np.full(ids.shape, -1, np.int64)
+    warm = slab >= 0
+    found[warm] = (ids - cover.first[place] + cover.row[place])[warm] + bases[slab[warm]]
+    if (slab == _COLD).any():
+        here = slab == _COLD
+        document = np.where(here, cover.document[place], -1)
+        token = np.where(here, ids - cover.first[place] + cover.row[place], -1)
+        chunk, rows = _gather_cold(memory, cover, layer, document, token, provenance, queries.device)
+        chunks.append(chunk)
+        found[here] = rows[here] + chunk.base
+    return chunks, torch.from_numpy(found).to(queries.device)
 
 
 def _cover(plan: Plan, unit: IndexUnit) -> _Cover:
@@ -128,15 +137,6 @@ def _make_cover(plan: Plan, unit: IndexUnit) -> _Cover:
     return _Cover(allowed, table[:, 0], table[:, 1], table[:, 2], table[:, 3], list(slabs), documents)
 
 
-def _squeeze(found: np.ndarray, here: np.ndarray) -> np.ndarray:
-    """Move what is here to the front of every row and cut the padding behind the longest."""
-    if here.all():
-        return found
-    order = np.argsort(~here, axis=2, kind="stable")
-    width = max(1, int(here.sum(2).max()))
-    return np.take_along_axis(found, order[:, :, :width], axis=2)
-
-
 def _gather_cold(
     memory: LiveMemory,
     cover: _Cover,
@@ -145,7 +145,7 @@ def _gather_cold(
     token: np.ndarray,
     provenance: Provenance,
     device: torch.device,
-) -> tuple[Chunk, Tensor]:
+) -> tuple[Chunk, np.ndarray]:
     """Read the tokens some index rows point to: a chunk of them and their rows in it, shaped like `token`."""
     valid = token >= 0
     wanted = np.unique(np.stack([document[valid], token[valid]], axis=1), axis=0)
@@ -172,4 +172,4 @@ def _gather_cold(
     found = np.where(valid, np.searchsorted(pairs, (document << 40) + token), -1)
     both = torch.cat(keys, dim=1).to(device), torch.cat(values, dim=1).to(device)
     norms = torch.full((both[0].shape[0],), torch.inf, device=device)  # Candidates need no bound.
-    return Chunk(*both, ((0, len(wanted)),), norms, provenance.base(locate)), torch.from_numpy(found).to(device)
+    return Chunk(*both, ((0, len(wanted)),), norms, provenance.base(locate)), found

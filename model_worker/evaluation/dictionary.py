@@ -8,11 +8,13 @@ paper's 256 tokens; as in the paper the right values stand in the window behind 
 is right if it is the likeliest one, a record if all four are; `greedy` also counts what the model says when it goes on
 from its own tokens. The dictionary grows from size to size; every engine answers the same questions. Recall and mass
 compare an index with the exact top k at the queries that predict values, mean over them and the query heads; seconds
-are those of the calls to the memory, all queries of all windows.
+are those of the calls to the memory, all queries of all windows, one engine after the other in one process;
+ms_per_question is everything that answering one takes, the model's own work included.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -242,9 +244,10 @@ class _Study:
         if one.factory is not None:
             refused = self._refused(shelf, one.factory, local)
             if refused is None:
-                self._say(f"{label}: building {one.factory}")
+                words = f"{label}: building {one.factory}"
+                self._say(words)
                 try:
-                    build_s = shelf.index(one.factory)
+                    build_s = shelf.index(one.factory, lambda share: self._say(f"{words} {share:.0%}"))
                 except (FailedPrecondition, InvalidArgument) as error:
                     refused = error.message
             if refused is not None:
@@ -256,15 +259,24 @@ class _Study:
         for setting in one.settings:
             words = f"{label}: asking {one.name} {setting.name}".rstrip()
             self._say(words)
-            row, found = self._ask(shelf, setting, questions, exact)
+            row, found = self._ask(shelf, setting, questions, exact, words)
             self._done += 1
             rows.append({"engine": one.name, "setting": setting.name, "build_s": build_s, "index_bytes": built, **row})
         return rows, found
 
     def _ask(
-        self, shelf: Library, setting: Setting, questions: Questions, exact: Found | None
+        self, shelf: Library, setting: Setting, questions: Questions, exact: Found | None, words: str
     ) -> tuple[dict[str, Any], Found | None]:
-        answers = shelf.ask(questions, setting.recall)
+        asked = 0
+
+        def answered(windows: int) -> None:
+            nonlocal asked
+            asked += windows * self._player.in_window
+            self._say(f"{words}: {asked:,} of {questions.count:,} questions")
+
+        started = time.perf_counter()
+        answers = shelf.ask(questions, setting.recall, answered)
+        wall_s = time.perf_counter() - started
         wanted = questions.wanted()
         tokens, records = scores.right(answers.predicted, wanted)
         queries = questions.ids.numel()
@@ -275,6 +287,7 @@ class _Study:
             "tokens_found": tokens.found, "records_found": records.found,
             "slots_right": scores.slots(answers.predicted, wanted),
             "search_s": answers.seconds, "ms_per_query": 1000 * answers.seconds / queries, "queries": queries,
+            "ms_per_question": 1000 * wall_s / questions.count,
         }  # fmt: skip
         if answers.found is not None:
             gap = scores.gap(answers.found, questions.defined())

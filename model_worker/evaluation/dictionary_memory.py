@@ -186,10 +186,14 @@ class Library:
         self.records = records
         self._settle()
 
-    def index(self, factory: str) -> float:
+    def index(self, factory: str, on_share: Callable[[float], None] = lambda _: None) -> float:
         """Index everything with this factory, in place of another; seconds. Raises FailedPrecondition, …"""
         started = time.perf_counter()
-        done = self.memory.wait(self.memory.start("index", factory=factory))
+        done = self.memory.start("index", factory=factory)
+        while done.state is OperationState.RUNNING:
+            time.sleep(_POLL_S)
+            done = self.memory.operation(done.id)
+            on_share(done.done / max(done.total, 1))
         if done.state is not OperationState.DONE:
             raise FailedPrecondition(f"the index {factory} was not built: {done.message}")
         return time.perf_counter() - started

@@ -106,7 +106,8 @@ def test_the_best_of_any_chunks_in_any_order_are_the_best_of_all(data: st.DataOb
         found = torch.arange(max(size, 1)).expand(heads, rows, -1).clone()
         if named:
             found[torch.rand(found.shape, generator=generator) < 0.4] = -1
-            engine.add_candidates(chunk, found if size else torch.full_like(found, -1))
+            places = found + (number << 40)
+            engine.add_candidates([chunk], places.masked_fill_((found < 0) | (size == 0), -1))
         else:
             engine.add(chunk)
         visible = (found >= 0) & (torch.arange(max(size, 1)) < size)
@@ -381,6 +382,33 @@ def test_keys_of_zero_length_weigh_the_same(dtype: DType) -> None:
 
 
 # --- Merging --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [DType.F32, DType.BF16])
+def test_candidates_out_of_many_chunks_are_weighed_like_those_of_one(storage: DType) -> None:
+    queries, keys, values = random((2, 5, DIM), 1), random((2, 300, DIM), 2, storage), random((2, 300, DIM), 3, storage)
+    candidates = torch.stack(
+        [torch.randperm(300, generator=torch.Generator().manual_seed(row))[:60] for row in range(10)]
+    )
+    candidates = candidates.view(2, 5, 60)
+    candidates[:, :, ::7] = -1
+    ends = [(0, 100), (100, 101), (101, 300)]
+    parts = [
+        Chunk(keys[:, a:b], values[:, a:b], ((0, b - a),), largest_norms(keys[:, a:b]), number << 40)
+        for number, (a, b) in enumerate(ends)
+    ]
+    places = candidates.clone()
+    for number, (a, b) in enumerate(ends):
+        places[(candidates >= a) & (candidates < b)] += (number << 40) - a
+    one, many = TopK(queries, 8), TopK(queries, 8)
+    one.add_candidates([Chunk(keys, values, ((0, 300),), largest_norms(keys))], candidates)
+    many.add_candidates(parts, places)
+    assert torch.equal(one.partial().output, many.partial().output)
+    visible = torch.zeros(2, 5, 301, dtype=torch.bool).scatter(2, candidates.where(candidates >= 0, 300), True)[
+        ..., :300
+    ]
+    scores = (queries @ keys.float().mT).masked_fill(~visible, -torch.inf)
+    assert torch.allclose(one.scores.sort(2).values, scores.topk(8).values.sort(2).values, atol=1e-5)
 
 
 def test_merged_parts_equal_the_whole() -> None:

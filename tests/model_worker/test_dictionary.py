@@ -205,6 +205,18 @@ def test_every_engine_is_asked_at_every_size(report: Report) -> None:
     assert [row["tokens"] for row in report.rows[:: len(settings)]] == [400, 4000]
     assert all(row["asked"] == 12 for row in report.rows)
     assert all(row["search_s"] > 0 for row in report.rows)
+    assert all(row["ms_per_question"] * row["asked"] >= 1000 * row["search_s"] for row in report.rows)
+
+
+def test_the_study_says_how_far_it_is_while_it_builds_and_asks(player: Player) -> None:
+    told: list[str] = []
+    dictionary.run(
+        player, sizes=(4000,), questions=40, engines=("exact", "faiss:IVF16,SQ8?nprobe=4"), top_k=4,
+        tell=lambda done, total, words: told.append(words),
+    )  # fmt: skip
+    assert "4K: asking exact: 16 of 40 questions" in told
+    assert told[-1] == "4K: asking faiss:IVF16,SQ8 nprobe 4: 40 of 40 questions"
+    assert any(words.startswith("4K: building IVF16,SQ8") for words in told)
 
 
 def test_the_memory_says_that_each_engine_answered(report: Report) -> None:
