@@ -44,7 +44,7 @@ PROBES = (4, 16, 64)  # Lists visited, where an engine does not say.
 REACH = (64, 256)  # efSearch of a graph, likewise.
 DOCUMENT_TOKENS = 250_000
 GRAPH_TOKENS = 1 << 20  # A graph of more takes hours to build.
-_GROWTH = 1.5  # Faiss's lists have this much room at a time of what they hold, on average.
+_GROWTH = 2.5  # Lists that grow have half as much room again as they hold; those of fast scan are a copy of them.
 _WORKING_BYTES = 2 << 30
 
 COLUMNS = (
