@@ -41,11 +41,14 @@ def words(held_out: bool = False) -> tuple[str, ...]:
 class Labels:
     """Draws labels, no two of them equal: one set for everything that is read together."""
 
-    def __init__(self, rng: Random, *, held_out: bool = False):
+    def __init__(self, rng: Random, *, held_out: bool = False, close: float = 0.0):
+        """`close`: share of labels that take up the words of an earlier one, as in "key of X" and "token of X"."""
         self._rng = rng
         self._words = words(held_out)
         self._held_out = held_out
+        self._close = close
         self._drawn: set[str] = set()
+        self._taken: list[str] = []  # The words of labels so far.
 
     def plain(self) -> str:
         """The Landmark prompt's own label; once, or InvalidArgument."""
@@ -69,6 +72,8 @@ class Labels:
         word = rng.choice(self._words)
         if rng.random() < 0.4:
             word += " " + rng.choice(self._words)
+        if self._close:  # Else nothing is drawn: what models were trained on must stay what it was.
+            word = self._near(word)
         if form < 0.4:
             return f"{kind} of {word}"
         if form < 0.7:
@@ -76,6 +81,18 @@ class Labels:
         if form < 0.95 or self._held_out:
             return f"{word} {kind}"
         return kind
+
+    def _near(self, word: str) -> str:
+        """The words of an earlier label, or a word more or less than they are, in place of these."""
+        rng = self._rng
+        if self._taken and rng.random() < self._close:
+            near = rng.choice(self._taken)
+            first, _, second = near.partition(" ")
+            if rng.random() < 0.3:
+                near = second or f"{rng.choice(self._words)} {first}"
+            return near
+        self._taken.append(word)
+        return word
 
 
 def number(rng: Random) -> str:

@@ -80,18 +80,21 @@ class RetrievalSource:
         *,
         uuid: float = 0.0,
         plain: float = 0.7,
+        close: float = 0.0,
         bare: float = 0.0,
         copied: float = WEIGHTS[Role.COPIED],
     ):
-        """`uuid`: share of documents that are UUID look-ups; `plain`: share of groups where one label is "pass key".
+        """Shares and weights, all of them options of a training's `[data]`.
 
-        `bare`: share of the look-ups whose last window begins with the question, not with the object's end; `copied`:
-        what predicting a value's later tokens is worth, for whoever must copy all of it. `texts` is what real text and
-        code are drawn from; None: what this machine has for training.
+        `uuid` is the share of documents that are UUID look-ups, `plain` that of groups where one label is "pass key",
+        `close` that of labels that differ little from another of their group, `bare` that of look-ups whose last window
+        begins with the question rather than with the object's end. `copied` is what predicting a value's later tokens
+        is worth, for whoever must copy all of it. `texts` is what real text and code are drawn from; None: what this
+        machine has for training.
         """
         if not 0 <= copied < math.inf:
             raise InvalidArgument(f"copied is a weight of 0 or more, got {copied}")
-        for name, share in (("uuid", uuid), ("plain", plain), ("bare", bare)):
+        for name, share in (("uuid", uuid), ("plain", plain), ("close", close), ("bare", bare)):
             if not 0 <= share <= 1:
                 raise InvalidArgument(f"{name} is a share from 0 to 1, got {share}")
         self._encode = PartEncoder(tokenizer)
@@ -99,6 +102,7 @@ class RetrievalSource:
         self._seed = seed
         self._uuid = uuid
         self._plain = plain
+        self._close = close
         self._bare = bare
         self._weights = {**WEIGHTS, Role.COPIED: copied}
         found = corpus.texts(Split.TRAIN) if texts is None else texts
@@ -140,7 +144,7 @@ class RetrievalSource:
 
     def _group(self, shape: Shape, rng: Random) -> list[Piece]:
         """Documents that read each other: all labels differ, and at most one of them is the plain one."""
-        drawn = Labels(rng)
+        drawn = Labels(rng, close=self._close)
         share = self._uuid if shape.uuid is None else shape.uuid
         # Records have to be told from records, so some groups have many of them and the others none.
         mixed = rng.uniform(max(0.0, 2 * share - 1), 1.0) if rng.random() < 2 * share else 0.0

@@ -200,6 +200,23 @@ def test_labels_for_evaluation_have_words_that_training_never_draws() -> None:
         assert all(own) or not held_out  # In evaluation, every label has a word.
 
 
+def test_close_labels_share_their_words_with_an_earlier_one() -> None:
+    known = {word for kind in labels.KINDS for word in kind.split()} | {"of", "for"}
+
+    def sharing(close: float) -> float:
+        shared = []
+        for seed in range(40):
+            drawn, seen = Labels(Random(seed), close=close), set[str]()
+            for _ in range(24):
+                words = set(drawn.draw().split()) - known
+                shared.append(bool(words & seen))
+                seen |= words
+        return sum(shared) / len(shared)
+
+    assert sharing(0.0) < 0.05
+    assert sharing(0.4) == pytest.approx(0.37, abs=0.05)
+
+
 def test_keys_have_one_to_eight_digits_and_mostly_five() -> None:
     rng = Random(0)
     lengths = Counter(len(labels.number(rng)) for _ in range(4000))

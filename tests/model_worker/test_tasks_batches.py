@@ -465,4 +465,5 @@ def test_batches_stay_what_they_were_when_the_shipped_models_were_trained(small:
     shape = Shape(documents=8, windows=2, group=8, keys=4, questions=4)
     assert digest(retrieval(small, uuid=0.3), shape) == "2c28e13492b879a8"
     assert digest(retrieval(small, uuid=1.0, bare=0.3, copied=6.0), shape) == "b62a3ccfea9aa570"
+    assert digest(retrieval(small, uuid=0.1, close=0.3), shape) == "4a738aacaacc35bf"
     assert digest(source_of("dictionary", None, 3), Shape(8, 2, 8, 256, hard=0.5)) == "d3dcd3e92d669134"
