@@ -248,13 +248,19 @@ def _form(name: str) -> Any:
     """How numbers of a kind are written, as matplotlib asks for it."""
     forms = {
         "number": lambda value, _: f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}",
-        "percent": lambda value, _: f"{100 * value:.4g} %",
+        "percent": lambda value, _: f"{100 * value:.4g} %" if value < 1 + 1e-6 else "",  # An axis has some room above.
         "tokens": lambda value, _: size(value),
-        "seconds": lambda value, _: f"{value:,.3g} s" if value >= 0.1 else f"{1000 * value:,.3g} ms",
+        "seconds": lambda value, _: _duration(value),
     }
     if name not in forms:
         raise InvalidArgument(f"an axis is written as {', '.join(forms)}, got {name!r}")
     return forms[name]
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:,.3g} s" if seconds >= 0.1 else f"{1000 * seconds:,.3g} ms"
 
 
 def _safe(text: str) -> str:

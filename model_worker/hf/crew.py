@@ -22,6 +22,7 @@ class Crew:
     def __init__(self, threads: int):
         self._all = torch.get_num_threads()
         self.threads = max(1, min(threads, self._all, _MOST))
+        self._share = self._all // self.threads
         self._pool: ThreadPoolExecutor | None = None
         self._own = threading.local()
         self._own.room = Room()
@@ -51,18 +52,21 @@ class Crew:
         except BaseException:
             self._begun.abort()
             self._pool.shutdown()
-            raise
-        finally:
-            # The number set last, wherever it was set, is what any new thread of the process begins with.
             torch.set_num_threads(self._all)
+            raise
+        # The caller has its share too: where it calls torch with more, OpenMP's threads wait for their next work
+        # spinning, on the cores of the crew.
+        torch.set_num_threads(self._share)
         return self
 
     def _begin(self) -> None:
         self._own.room = Room()
         torch.get_num_threads()  # A thread's first question gives it the process's number; only then can it be changed.
-        torch.set_num_threads(self._all // self.threads)
+        torch.set_num_threads(self._share)
         self._begun.wait()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            # The number set last, wherever it was set, is what any new thread of the process begins with.
+            torch.set_num_threads(self._all)
