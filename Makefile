@@ -31,13 +31,13 @@ STUDY = $(BIN)/fot eval $(1) --json eval-results/$(1).json --plot eval-results/$
 eval: setup  ## Run every study with the models that come along; results go to eval-results/ (half an hour)
 	mkdir -p eval-results
 	$(call STUDY,needle)
-	$(call STUDY,lookup) --model lookup
+	$(call STUDY,lookup)
 	$(call STUDY,ruler)
 	$(call STUDY,perplexity)
 	$(call STUDY,dense)
 	$(call STUDY,approximation)
 	$(call STUDY,distraction)
-	$(call STUDY,dictionary) --model dictionary
+	$(call STUDY,dictionary)
 
 eval-16m: setup  ## FoT's dictionary in a memory of 16,777,216 tokens, exactly and by index (an hour, 13 GB of RAM)
 	mkdir -p eval-results

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -16,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 
-from memory_service import Tls
 from memory_service.errors import InvalidArgument
 from model_worker.cli import evaluate_dictionary, needs_worker
 from model_worker.cli.evaluate_progress import StudyProgress
-from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet
+from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet, tls_of
 from model_worker.cli.options import (
     Ca,
     EngineName,
@@ -34,15 +31,15 @@ from model_worker.cli.options import (
     Window,
     layers_of,
     search_of,
+    sizes_of,
 )
-from model_worker.cli.passkey import sizes_of
+from model_worker.cli.reports import JsonFile, StudyTarget, check_files, deliver
 
 if TYPE_CHECKING:
     from model_worker.evaluation.report import Report
     from model_worker.evaluation.subject import Settings, Subject
 
-REFERENCE = "reference"
-STDOUT = Path("-")
+REFERENCE, LOOKUP = "reference", "lookup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +48,9 @@ class Shared:
 
     model: Annotated[
         list[str],
-        typer.Option("--model", "-m", help="A directory with a checkpoint, or a model that comes with fot: reference."),
+        typer.Option("--model", "-m", help="A directory with a checkpoint, or a model that comes with fot."),
     ]
-    memory: Annotated[
-        str,
-        typer.Option(
-            "--memory", "--target", "-t", envvar="FOT_TARGET", help=":memory:, a directory, or grpc://host:port."
-        ),
-    ]
+    memory: StudyTarget
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", min=0, help="Keys a query attends to; 0: every key. By default as the study says."),
@@ -69,9 +61,7 @@ class Shared:
     window: Window
     threads: Threads
     seed: Annotated[int, typer.Option(help="The same seed asks the same questions.")]
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write figures, rows and where it ran here; - for standard output.")
-    ]
+    json: JsonFile
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw it here, a PNG.")]
     token_file: TokenFile
     ca: Ca
@@ -79,14 +69,14 @@ class Shared:
 
     def settings(self, top_k: int) -> Settings:
         """What the model and its memory are opened with; `top_k` is the study's choice."""
-        from model_worker.evaluation.subject import Place, Settings
+        from model_worker.evaluation.place import Place
+        from model_worker.evaluation.subject import Settings
         from model_worker.settings import Recall
 
-        tls = Tls(ca=self.ca) if self.ca is not None and self.memory.startswith("grpcs://") else None
         chosen = top_k if self.top_k is None else self.top_k
         return Settings(
             recall=Recall(top_k=chosen, engine=self.engine, search=search_of(self.search)),
-            place=Place(self.memory, self.token_file, tls, self.insecure),
+            place=Place(self.memory, self.token_file, tls_of(self.ca, self.memory), self.insecure),
             mem_layers=layers_of(self.mem_layers),
             window=self.window,
         )
@@ -96,11 +86,9 @@ class Shared:
         """The models, opened; files are checked before any work."""
         import torch
 
-        from model_worker.evaluation.report import check_file
         from model_worker.evaluation.subject import Subject
 
-        check_file(None if self.json == STDOUT else self.json)
-        check_file(self.plot, ".png")
+        check_files(self.json, self.plot)
         settings = self.settings(top_k)
         directories = [checkpoint_of(name) for name in self.model]
         quiet()
@@ -119,19 +107,23 @@ class Shared:
 
 
 _DEFAULTS: dict[str, Any] = {
-    "model": [REFERENCE], "memory": IN_MEMORY, "top_k": None, "engine": "auto", "seed": 0, "insecure": False,
+    "memory": IN_MEMORY, "top_k": None, "engine": "auto", "seed": 0, "insecure": False,
 }  # fmt: skip
 
 
-def study(command: Callable[..., Report]) -> Callable[..., None]:
-    """A command from a study's own options: those of `Shared` are added, its report is shown, written and drawn."""
+def study(command: Callable[..., Report], model: str) -> Callable[..., None]:
+    """A command from a study's own options: those of `Shared` are added, its report is shown, written and drawn.
+
+    `model` is the one studied if none is named.
+    """
+    defaults = {**_DEFAULTS, "model": [model]}
     own = [one for one in inspect.signature(command).parameters.values() if one.name != "shared"]
     # A report is imported where a study runs: importing it takes torch.
     kinds = get_type_hints(command, localns={"Report": object}, include_extras=True)
     common = get_type_hints(Shared, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [one.replace(kind=keyword, annotation=kinds[one.name]) for one in own] + [
-        inspect.Parameter(one.name, keyword, default=_DEFAULTS.get(one.name), annotation=common[one.name])
+        inspect.Parameter(one.name, keyword, default=defaults.get(one.name), annotation=common[one.name])
         for one in fields(Shared)
     ]
 
@@ -149,7 +141,7 @@ def register(fot: typer.Typer) -> None:
     """Add `fot eval` and its studies."""
     app = typer.Typer(no_args_is_help=True, help="Study what a model makes of its memory.")
     for command in (needle, lookup, distraction, ruler, perplexity, dense, approximation):
-        app.command(command.__name__)(needs_worker(study(command)))
+        app.command(command.__name__)(needs_worker(study(command, LOOKUP if command is lookup else REFERENCE)))
     evaluate_dictionary.register(app)
     fot.add_typer(app, name="eval")
 
@@ -298,14 +290,4 @@ def _tell(report: Report, shared: Shared) -> None:
     from model_worker.evaluation.report import show
 
     job = import_module(f"model_worker.evaluation.{report.study}")
-    if shared.json == STDOUT:
-        sys.stdout.write(report.to_json())
-    else:
-        show(report, job.COLUMNS)
-        if shared.json is not None:
-            report.save(shared.json)
-    if shared.plot is not None:
-        from model_worker.evaluation.pictures import save
-
-        save(job.picture(report), shared.plot)
-        Console(stderr=True, highlight=False).print(f"wrote {shared.plot}", markup=False, soft_wrap=True)
+    deliver(report, shared.json, lambda: show(report, job.COLUMNS), (shared.plot, job.picture))

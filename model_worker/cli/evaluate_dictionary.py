@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from model_worker.cli import needs_worker
 from model_worker.cli.evaluate_progress import StudyProgress
-from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet
-from model_worker.cli.options import Insecure, Threads, TokenFile
-from model_worker.cli.passkey import sizes_of
-
-if TYPE_CHECKING:
-    from model_worker.evaluation.report import Report
+from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet, tls_of
+from model_worker.cli.options import Ca, Insecure, Threads, TokenFile, sizes_of
+from model_worker.cli.reports import JsonFile, StudyTarget, check_files, deliver
 
 MODEL = "dictionary"
-STDOUT = Path("-")
 
 
 def register(app: typer.Typer) -> None:
@@ -45,65 +39,41 @@ def dictionary(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A directory with a checkpoint, or one that comes with fot.")
     ] = MODEL,
-    memory: Annotated[
-        str,
-        typer.Option(
-            "--memory", "--target", "-t", envvar="FOT_TARGET", help=":memory:, a directory, or grpc://host:port."
-        ),
-    ] = IN_MEMORY,
+    memory: StudyTarget = IN_MEMORY,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Keys a query attends to.")] = 32,
     greedy: Annotated[bool, typer.Option("--greedy", help="Also let the model go on from its own answers.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed makes the same dictionary and questions.")] = 0,
     threads: Threads = None,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write figures, rows and where it ran here; - for standard output.")
-    ] = None,
+    json: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw records right by size here, a PNG.")] = None,
     plot_search: Annotated[
         Path | None, typer.Option("--plot-search", help="Draw recall by time of the largest size here, a PNG.")
     ] = None,
     token_file: TokenFile = None,
+    ca: Ca = None,
     insecure: Insecure = False,
 ) -> None:
     """FoT's dictionary look-up against memory size, exact and through Faiss indexes.
 
-    Up to 1M tokens in a few minutes; 16M take half an hour and 12 GB of RAM.
+    Up to 1M tokens in a few minutes; 16M take an hour and 13 GB of RAM.
     """
     import torch
 
     from model_worker.evaluation import dictionary as job
-    from model_worker.evaluation.dictionary_memory import Place, Player
-    from model_worker.evaluation.report import check_file
+    from model_worker.evaluation.dictionary_memory import PATIENCE_S, Player
+    from model_worker.evaluation.place import Place
+    from model_worker.evaluation.report import show
 
-    check_file(None if json == STDOUT else json)
-    for picture in (plot, plot_search):
-        check_file(picture, ".png")
+    check_files(json, plot, plot_search)
     directory = checkpoint_of(model)
     quiet()
     if threads is not None:
         torch.set_num_threads(threads)
+    place = Place(memory, token_file, tls_of(ca, memory), insecure, PATIENCE_S)
     with StudyProgress("dictionary") as tell:
         report = job.run(
-            Player.open(directory), Place(memory, token_file, insecure), sizes=sizes_of(sizes, "--sizes"),
+            Player.open(directory), place, sizes=sizes_of(sizes, "--sizes"),
             questions=questions, engines=engine or job.ENGINES, probes=sizes_of(probes, "--probes"), top_k=top_k,
             greedy=greedy, seed=seed, tell=tell,
         )  # fmt: skip
-    _finish(report, json, plot, plot_search)
-
-
-def _finish(report: Report, json: Path | None, plot: Path | None, plot_search: Path | None) -> None:
-    from model_worker.evaluation import dictionary as job
-    from model_worker.evaluation.report import show
-
-    if json == STDOUT:
-        sys.stdout.write(report.to_json())
-    else:
-        show(report, job.COLUMNS)
-        if json is not None:
-            report.save(json)
-    for path, draw in ((plot, job.picture), (plot_search, job.search_picture)):
-        if path is not None:
-            from model_worker.evaluation.pictures import save
-
-            save(draw(report), path)
-            Console(stderr=True, highlight=False).print(f"wrote {path}", markup=False, soft_wrap=True)
+    deliver(report, json, lambda: show(report, job.COLUMNS), (plot, job.picture), (plot_search, job.search_picture))

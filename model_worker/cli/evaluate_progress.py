@@ -7,7 +7,7 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 LINE_S = 5.0  # Between two lines.
@@ -24,7 +24,6 @@ class StudyProgress:
         if sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(study, total=None)
@@ -36,9 +35,10 @@ class StudyProgress:
         now = time.monotonic()
         if now - self._said >= LINE_S:
             self._said = now
-            left = (now - self._begun) * (total - done) / done if done else None
-            told = "" if left is None else f", {left / 60:,.0f} min left" if left >= 90 else f", {left:,.0f} s left"
-            sys.stderr.write(f"{self._study} {done}/{total}: {words}{told}\n")
+            # Steps of a study differ too much to say from some how long the others take.
+            past = now - self._begun
+            told = f"{past / 60:,.0f} min" if past >= 90 else f"{past:,.0f} s"
+            sys.stderr.write(f"{self._study} {done}/{total}: {words}, {told} so far\n")
             sys.stderr.flush()
 
     def __enter__(self) -> Self:

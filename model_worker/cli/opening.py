@@ -34,7 +34,7 @@ def open_memory(
 
     Raises NotFound without a spec, and what `Memory.open` raises.
     """
-    tls = Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
+    tls = tls_of(ca, target)
     return Memory.open(target, name, spec, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S)
 
 
@@ -112,6 +112,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidArgument(f"{directory} has no tokenizer that transformers can read: {reason}") from None
+
+
+def tls_of(ca: Path | None, target: str) -> Tls | None:
+    """What to trust, where the target speaks TLS: --ca may stand in the environment for other targets."""
+    return Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
 
 
 def checkpoint_of(model: str | Path) -> Path:

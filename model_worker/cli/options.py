@@ -106,6 +106,18 @@ def layers_of(text: str | None) -> tuple[int, ...] | None:
         raise InvalidArgument(f"--mem-layers takes layer numbers such as 2 or 2,4, got {text!r}") from None
 
 
+def sizes_of(text: str, option: str) -> tuple[int, ...]:
+    """Numbers of tokens from "262144" or "16K,1M"; K is 1,024 and M is 1,024 of them."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = []
+    for part in (one.strip().upper().replace("_", "") for one in text.split(",")):
+        digits, unit = (part[:-1], units[part[-1]]) if part and part[-1] in units else (part, 1)
+        if not digits.isascii() or not digits.isdigit() or not int(digits):
+            raise InvalidArgument(f"{option} takes numbers of tokens such as 262144 or 256K, got {text!r}")
+        sizes.append(int(digits) * unit)
+    return tuple(sizes)
+
+
 def search_of(pairs: Sequence[str] | None) -> dict[str, float]:
     """What an index is told, from ["nprobe=32", …]."""
     told = {}

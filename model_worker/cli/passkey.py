@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from memory_service import DType, Engine, FailedPrecondition, Tls
+from memory_service import DType, Engine, FailedPrecondition
 from memory_service.errors import InvalidArgument
-from model_worker.cli.opening import IN_MEMORY, PATIENCE_S, checkpoint_of, load_tokenizer, quiet
+from model_worker.cli.opening import IN_MEMORY, PATIENCE_S, checkpoint_of, load_tokenizer, quiet, tls_of
 from model_worker.cli.options import (
     Ca,
     Device,
@@ -29,7 +27,9 @@ from model_worker.cli.options import (
     Window,
     layers_of,
     search_of,
+    sizes_of,
 )
+from model_worker.cli.reports import JsonFile, StudyTarget, check_files, deliver
 
 if TYPE_CHECKING:
     from memory_service.client import Client
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference"
 TOKENS, TRIALS, DEPTHS, TOP_K = 262_144, 20, 10, 32
-STDOUT = "-"
 LONG_S = 1800.0  # Of a call to the memory: exact attention to ten million tokens may take minutes on a busy machine.
 
 
@@ -60,12 +59,7 @@ def passkey(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A directory with a checkpoint, or a model that comes with fot.")
     ] = REFERENCE,
-    memory: Annotated[
-        str,
-        typer.Option(
-            "--memory", "--target", "-t", envvar="FOT_TARGET", help=":memory:, a directory, or grpc://host:port."
-        ),
-    ] = IN_MEMORY,
+    memory: StudyTarget = IN_MEMORY,
     store: Annotated[
         str | None,
         typer.Option(help="Where a prompt goes: session, or documents, which an index can cover; by default session."),
@@ -85,9 +79,7 @@ def passkey(
     require: Annotated[
         float | None, typer.Option(help="Exit with 1 if a length's accuracy is below this, 0 to 1.")
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write figures, rows and every trial here; - for standard output.")
-    ] = None,
+    json: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw accuracy by length and depth here, a PNG.")] = None,
     mem_layers: MemLayers = None,
     mem_dtype: MemDType = None,
@@ -113,7 +105,6 @@ def passkey(
     from model_worker.evaluation import passkey as job
     from model_worker.evaluation.asking import MemoryAsker
     from model_worker.evaluation.questions import Wording
-    from model_worker.evaluation.report import check_file
     from model_worker.tasks.fillers import Filler
     from model_worker.tasks.tokens import tokens_of
 
@@ -127,8 +118,7 @@ def passkey(
         seed=seed,
     )
     asking = _asking(store, top_k, engine, search, index)
-    check_file(None if json == Path(STDOUT) else json)
-    check_file(plot, ".png")
+    check_files(json, plot)
     directory = checkpoint_of(model)
     tokenizer = tokens_of(load_tokenizer(directory))
     with ExitStack() as opened:
@@ -150,18 +140,6 @@ def passkey(
     _tell(report, json, plot)
     if require is not None:
         _check(report, require)
-
-
-def sizes_of(text: str, option: str) -> tuple[int, ...]:
-    """Numbers of tokens from "262144" or "16K,1M"; K is 1,024 and M is 1,024 of them."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    sizes = []
-    for part in (one.strip().upper().replace("_", "") for one in text.split(",")):
-        digits, unit = (part[:-1], units[part[-1]]) if part and part[-1] in units else (part, 1)
-        if not digits.isascii() or not digits.isdigit() or not int(digits):
-            raise InvalidArgument(f"{option} takes numbers of tokens such as 262144 or 256K, got {text!r}")
-        sizes.append(int(digits) * unit)
-    return tuple(sizes)
 
 
 def _asking(store: str | None, top_k: int, engine: str, search: list[str] | None, index: str) -> Asking:
@@ -186,7 +164,7 @@ def _client(target: str, token_file: Path | None, ca: Path | None, insecure: boo
     from memory_service.client import Client
 
     def opened(timeout_s: float) -> Client:
-        tls = Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
+        tls = tls_of(ca, target)
         return Client.open(target, token=token_file, tls=tls, insecure=insecure, timeout_s=timeout_s)
 
     if target != IN_MEMORY:
@@ -236,17 +214,9 @@ def _tell(report: Report, json: Path | None, plot: Path | None) -> None:
     from model_worker.evaluation import passkey as job
     from model_worker.evaluation.report import show
 
-    if json == Path(STDOUT):
-        sys.stdout.write(report.to_json())
-    else:
-        show(report, job.columns(), job.title(report), sections="tokens")
-        if json is not None:
-            report.save(json)
-    if plot is not None:
-        from model_worker.evaluation.pictures import save
-
-        save(job.picture(report), plot)
-        Console(stderr=True, highlight=False).print(f"wrote {plot}", markup=False, soft_wrap=True)
+    deliver(
+        report, json, lambda: show(report, job.columns(), job.title(report), sections="tokens"), (plot, job.picture)
+    )
 
 
 def _check(report: Report, require: float) -> None:

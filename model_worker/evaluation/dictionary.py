@@ -24,9 +24,10 @@ from memory_service.client import Client
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.factories import PARAMS, check_params, choose_factory, estimate_bytes, parse_factory
 from model_worker.evaluation import dictionary_scores as scores
-from model_worker.evaluation.dictionary_memory import Library, Place, Player, free_bytes, library, peak_bytes
+from model_worker.evaluation.dictionary_memory import PATIENCE_S, Library, Player, free_bytes, library, peak_bytes
 from model_worker.evaluation.dictionary_scores import Found
 from model_worker.evaluation.dictionary_world import Questions, World
+from model_worker.evaluation.place import Place
 from model_worker.evaluation.report import Column, Report, nbytes, percent, size
 from model_worker.fitting import spec_of
 from model_worker.settings import Recall
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 SIZES = (4096, 65_536, 1 << 20)  # Tokens.
 QUESTIONS = 550
 TOP_K = 32
-IN_PROCESS = Place()
+IN_PROCESS = Place(timeout_s=PATIENCE_S)
 ENGINES = ("exact", "faiss:auto")
 PROBES = (4, 16, 64)  # Lists visited, where an engine does not say.
 REACH = (64, 256)  # efSearch of a graph, likewise.

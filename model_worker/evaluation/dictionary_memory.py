@@ -26,7 +26,6 @@ from memory_service import (
     FailedPrecondition,
     Memory,
     OperationState,
-    StoreOptions,
 )
 from memory_service.client import Client
 from memory_service.client.arguments import DENSE
@@ -104,24 +103,6 @@ class Player:
             "mem_dtype": str(self.fot.mem_dtype),
             "bytes_per_token": spec.bytes_per_token,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the memory is."""
-
-    target: str = ":memory:"
-    token: Path | None = None  # A file.
-    insecure: bool = False
-
-    @property
-    def remote(self) -> bool:
-        return "://" in self.target or self.target.startswith("unix:")
-
-    def open(self, resident_bytes: int) -> Client:
-        """A store in this process gets room for all keys in RAM. Raises Unavailable and what `Client.open` raises."""
-        options = None if self.remote else StoreOptions(resident_bytes=resident_bytes)
-        return Client.open(self.target, token=self.token, insecure=self.insecure, timeout_s=PATIENCE_S, options=options)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,6 @@ from memory_service import (
     ALL_DOCUMENTS,
     Attended,
     AttendOptions,
-    Client,
     Engine,
     InvalidArgument,
     Memory,
@@ -31,11 +30,11 @@ from memory_service import (
     Partial,
     ScopeLike,
     Stats,
-    Tls,
 )
 from model_worker.encoding import Encoder
 from model_worker.evaluation.haystacks import Cloze
 from model_worker.evaluation.memories import built_index, fresh_memory, index_policy
+from model_worker.evaluation.place import Place
 from model_worker.fitting import config_of, spec_of
 from model_worker.hf import checkpoint
 from model_worker.hf.decoder import Filled
@@ -73,23 +72,6 @@ class Queries:
     layer: int
     scale: float
     queries: Tensor  # [H, n, D] towards memory, one for each token of the answer
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a study keeps its memories: in this process, a directory, or a service."""
-
-    target: str = ":memory:"
-    token: Path | None = None  # A file.
-    tls: Tls | None = None
-    insecure: bool = False
-    timeout_s: float = 600.0
-
-    def open(self) -> Client:
-        """Raises Unavailable and what `Client.open` raises."""
-        return Client.open(
-            self.target, token=self.token, tls=self.tls, insecure=self.insecure, timeout_s=self.timeout_s
-        )
 
 
 @dataclass(frozen=True, slots=True)

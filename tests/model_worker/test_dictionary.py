@@ -19,9 +19,10 @@ from memory_service import Engine, FotError, InvalidArgument
 from model_worker.cli import evaluate_dictionary
 from model_worker.evaluation import dictionary, dictionary_scores
 from model_worker.evaluation.dictionary import best_index, contender, contenders_of
-from model_worker.evaluation.dictionary_memory import BATCH_WINDOWS, Library, Place, Player, library
+from model_worker.evaluation.dictionary_memory import BATCH_WINDOWS, Library, Player, library
 from model_worker.evaluation.dictionary_scores import NOWHERE, Found
 from model_worker.evaluation.dictionary_world import World
+from model_worker.evaluation.place import Place
 from model_worker.evaluation.report import Report
 from model_worker.evaluation.wilson import Share
 from model_worker.hf.longllama import FIELD, fot_json

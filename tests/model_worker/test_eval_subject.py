@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from memory_service import AttendOptions, InvalidArgument, Unavailable
 from model_worker.evaluation.bootstrap import mean_of
 from model_worker.evaluation.haystacks import Cloze, haystack_of, keys_haystack, uuid_haystack
-from model_worker.evaluation.subject import Library, Place, Settings, Subject
+from model_worker.evaluation.place import Place
+from model_worker.evaluation.subject import Library, Settings, Subject
 from model_worker.settings import Recall
 from model_worker.tasks.tokens import tokens_of
 from tests.memory_service.places import serving

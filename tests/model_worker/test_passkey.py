@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from memory_service import Client
 from memory_service.cli import main
 from memory_service.errors import InvalidArgument
-from model_worker.cli.passkey import sizes_of
+from model_worker.cli.options import sizes_of
 from model_worker.cli.passkey_progress import PasskeyProgress
 from model_worker.evaluation import asking, passkey
 from model_worker.evaluation.asking import Asking, MemoryAsker, Store
