@@ -106,6 +106,16 @@ class TopK:
         part.scores, part.rows, part.values = self.scores[:, rows], self.rows[:, rows], self.values[:, rows]
         return part
 
+    def keep(self, counts: Tensor) -> None:
+        """Forget all but the `counts` [H, R] best keys of every row."""
+        order = self.scores.sort(2, descending=True, stable=True).indices
+        ranks = torch.empty_like(order).scatter_(
+            2, order, torch.arange(self.top_k, device=order.device).expand_as(order)
+        )
+        lost = ranks >= counts[..., None]
+        self.scores.masked_fill_(lost, -torch.inf)
+        self.rows.masked_fill_(lost, -1)
+
     def partial(self, logit_gap: float | None = None) -> Partial:
         """Softmax over the kept keys: output [H, R, D], lse [H, R]. Drops what is `logit_gap` below the best."""
         if logit_gap is not None:

@@ -59,6 +59,7 @@ POLICY: Mapping[str, Role | None] = {
     _OURS + "GetDocument": Role.READ,
     _OURS + "ListDocuments": Role.READ,
     _OURS + "DeleteDocument": Role.WRITE,
+    _OURS + "ListDeleted": Role.WRITE,
     _OURS + "OpenSession": Role.READ,
     _OURS + "AppendSessions": Role.READ,
     _OURS + "RenewSession": Role.READ,
@@ -71,6 +72,9 @@ POLICY: Mapping[str, Role | None] = {
     _OURS + "GetOperation": Role.READ,
     _OURS + "ListOperations": Role.READ,
     _OURS + "CancelOperation": Role.ADMIN,
+    _OURS + "GetShardMap": Role.READ,
+    _OURS + "SetShardMap": Role.ADMIN,
+    _OURS + "MarkBehind": Role.WRITE,
 }
 
 
