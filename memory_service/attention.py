@@ -109,9 +109,8 @@ class TopK:
     def keep(self, counts: Tensor) -> None:
         """Forget all but the `counts` [H, R] best keys of every row."""
         order = self.scores.sort(2, descending=True, stable=True).indices
-        ranks = torch.empty_like(order).scatter_(
-            2, order, torch.arange(self.top_k, device=order.device).expand_as(order)
-        )
+        places = torch.arange(self.top_k, device=order.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(2, order, places)
         lost = ranks >= counts[..., None]
         self.scores.masked_fill_(lost, -torch.inf)
         self.rows.masked_fill_(lost, -1)

@@ -30,6 +30,7 @@ from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire import INTEGERS, from_bytes, parse, read_tensor, tensor_bytes, write_tensor
 
 SERVICE = "memory_service.v1.MemoryService"
+EPOCH = "fot-epoch"  # Metadata of a call by a client of a cluster: of the shard map it was routed by.
 PIECE_BYTES = 1 << 20
 UPLOAD_CHUNKS = f"/{SERVICE}/UploadChunks"
 LEASE_S = 600.0

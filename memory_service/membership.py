@@ -1,4 +1,4 @@
-"""A process's place in a cluster: the shard map it was last told, kept over restarts, and whether it may lack writes."""
+"""A process's place in a cluster: the shard map it was told last, over restarts, and whether it may lack writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Membership:
     def mark_behind(self) -> None:
         """Remember, over restarts too, that a write was missed."""
         with self._lock:
-            self._keep(Member(self._member.map, self._member.shard, behind=True))
+            behind = Member(self._member.map, self._member.shard, behind=True)
+            self._member = behind  # First: who cannot write to its disk any more lacks writes all the more.
+            self._keep(behind)
 
     def check(self, epoch: int, reads: bool) -> None:
         """Raise StaleMap if a call was routed by an older map, Unavailable if it reads what may lack writes."""

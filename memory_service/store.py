@@ -255,6 +255,10 @@ class Store:
             self._storage_failed(error)
             raise
 
+    def check_epoch(self, epoch: int, reads: bool) -> None:
+        """Raise StaleMap if a call was routed by an older shard map, Unavailable if it must not be answered here."""
+        self.membership.check(epoch, reads)
+
     def estimate(self, identity: Identity, verb: Verb[Any]) -> int:
         """Bytes of working memory a verb will need; cheap, never raises."""
         if isinstance(verb, verbs.Attend | verbs.Search):
@@ -507,5 +511,4 @@ _WRITES = (
     verbs.DeleteDocument,
     verbs.StartOperation,
     verbs.SetShardMap,
-    verbs.MarkBehind,
 )

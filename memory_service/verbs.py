@@ -189,9 +189,7 @@ class OpenSession(Verb[SessionInfo]):
     memory: str
     fingerprint: Fingerprint
     lease_s: float = 600.0
-    session: str = (
-        ""  # An id of the caller's own making, unguessable; the same one opens one session. Empty: a new one.
-    )
+    session: str = ""  # An unguessable id of the caller's own; the same one opens one session. Empty: a new one.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
