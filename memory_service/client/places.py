@@ -207,6 +207,17 @@ async def open_async_place(
     return AsyncLocalPlace(await asyncio.to_thread(LocalPlace, directory, options))
 
 
+def cluster_target(target: str, token: str | Path | None, tls: Tls | None, insecure: bool) -> ClusterTarget:
+    """A cluster's target, in parts; one address is a cluster of one. Raises InvalidArgument if it is none."""
+    found = _resolve(target, token, tls, insecure, None)
+    if isinstance(found, Address) and "://" in target:
+        scheme, _, rest = target.partition("://")
+        return ClusterTarget(target, scheme, rest, found.tls, found.token)
+    if not isinstance(found, ClusterTarget):
+        raise InvalidArgument(f"{target} is no cluster; write 'grpc://host:port,host:port'")
+    return found
+
+
 def _resolve(
     target: str | Path, token: str | Path | None, tls: Tls | None, insecure: bool, options: StoreOptions | None
 ) -> Address | ClusterTarget | Path | None:

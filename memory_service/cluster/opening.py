@@ -35,17 +35,20 @@ DirectoryOf = Callable[[str, Reach, Lines], tuple[Directory, ClusterOptions]]
 
 def open_cluster(scheme: str, rest: str, reach: Reach, on_missing: str | None) -> ClusterPlace:
     """Open a cluster, blocking. Raises InvalidArgument for a target that names none."""
-    directory, lines, options = _opened(scheme, rest, reach, on_missing)
+    directory, lines, options = directory_of(scheme, rest, reach, on_missing)
     return ClusterPlace(directory, lines, options)
 
 
 def open_async_cluster(scheme: str, rest: str, reach: Reach, on_missing: str | None) -> AsyncClusterPlace:
     """Open a cluster for asyncio. Raises InvalidArgument for a target that names none."""
-    directory, lines, options = _opened(scheme, rest, reach, on_missing)
+    directory, lines, options = directory_of(scheme, rest, reach, on_missing)
     return AsyncClusterPlace(directory, lines, reach.address, options)
 
 
-def _opened(scheme: str, rest: str, reach: Reach, on_missing: str | None) -> tuple[Directory, Lines, ClusterOptions]:
+def directory_of(
+    scheme: str, rest: str, reach: Reach, on_missing: str | None = None
+) -> tuple[Directory, Lines, ClusterOptions]:
+    """Who knows the cluster's shards, the connections to them, and what the target says besides."""
     lines = Lines(reach.address)
     directory: Directory
     if scheme in ("grpc", "grpcs"):
