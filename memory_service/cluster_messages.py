@@ -42,21 +42,22 @@ def fill_member(member: Member, message: Any) -> Any:
         message.map.CopyFrom(write_map(member.map))
     message.shard = member.shard
     message.behind = member.behind
+    message.whole = member.whole
     return message
 
 
 def read_member(message: Any) -> Member:
     found = read_map(message.map) if message.HasField("map") else None
-    return Member(found, message.shard, message.behind)
+    return Member(found, message.shard, message.behind, message.whole)
 
 
 def write_set_map(verb: SetShardMap) -> pb.SetShardMapRequest:
-    return pb.SetShardMapRequest(map=write_map(verb.map), shard=verb.shard, behind=verb.behind)
+    return pb.SetShardMapRequest(map=write_map(verb.map), shard=verb.shard, behind=verb.behind, whole=verb.whole)
 
 
 def read_set_map(request: pb.SetShardMapRequest) -> SetShardMap:
     behind = request.behind if request.HasField("behind") else None
-    return SetShardMap(read_map(request.map), request.shard, behind)
+    return SetShardMap(read_map(request.map), request.shard, behind, request.whole)
 
 
 def _write_shards(shards: Iterable[Shard]) -> list[pb.Shard]:

@@ -5,7 +5,7 @@ H kv heads, G query heads, R rows of a kv head (its query heads times queries), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from memory_service.index import check_params
 from memory_service.indexed import candidates, covered, tail
 from memory_service.live_memory import LiveDocument, LiveMemory, Plan
 from memory_service.provenance import Ledger, Provenance, session_source, top_tokens
+from memory_service.recent import Found, Recent, digest
 from memory_service.scan import Arena, Chunk
 from memory_service.sessions import Session
 from memory_service.slabs import largest_norms
@@ -107,11 +108,13 @@ def attend(
     arena: Arena,
     device: torch.device,
     cancel: Cancel,
+    recent: Recent,
 ) -> tuple[Attended, ...]:
     """Attention of checked groups at a layer (by index). Call it inside `memory.reading()`."""
     answers: list[Attended | None] = [None] * len(verb.groups)
     for family in _families(memory, verb, device):
-        call = _Call(memory, sessions, layer, family, verb.options, arena, cancel)
+        # Who says which documents it takes this memory for joins its answer with others', and asks a second time.
+        call = _Call(memory, sessions, layer, family, verb, arena, cancel, recent if verb.placement else None)
         for member, answer in call.answers():
             answers[member.number] = answer
     return tuple(answer for answer in answers if answer is not None)
@@ -141,7 +144,7 @@ def _counts(groups: Sequence[AttendGroup], kv_heads: int, top_k: int, device: to
     if all(group.counts is None for group in groups):
         return None
     full = [torch.full(group.queries.shape[:2], top_k) if group.counts is None else group.counts for group in groups]
-    return torch.cat([one.to(device, torch.int64).view(kv_heads, -1) for one in full], dim=1)
+    return torch.cat([one.to(device, torch.int64).reshape(kv_heads, -1) for one in full], dim=1)
 
 
 class _Call:
@@ -153,12 +156,14 @@ class _Call:
         sessions: Mapping[str, Session],
         layer: int,
         family: _Family,
-        options: AttendOptions,
+        verb: Attend,
         arena: Arena,
         cancel: Cancel,
+        recent: Recent | None,
     ):
         self.memory, self.sessions, self.layer, self.family = memory, sessions, layer, family
-        self.options, self.arena, self.cancel = options, arena, cancel
+        self.options, self.placement, self.arena, self.cancel = verb.options, verb.placement, arena, cancel
+        self.recent = recent
         self.provenance = Provenance()
         # Read once: sessions grow meanwhile, and every pass must see the same tokens.
         self.lengths = {name: session.tokens[layer] for name, session in sessions.items()}
@@ -175,6 +180,16 @@ class _Call:
             for member in self.family.members:
                 yield member, self._dense_answer(dense.narrow(member.rows), member, _rows(partial, member.rows))
             return
+        best, name = self._again() or self._found()
+        if self.family.counts is not None:
+            best.keep(self.family.counts)
+        partial = best.partial(self.options.logit_gap)
+        exact = self._exact() if self.options.measure else None
+        for member in self.family.members:
+            yield member, self._best_answer(best.narrow(member.rows), member, _rows(partial, member.rows), name, exact)
+
+    def _found(self) -> tuple[TopK, str]:
+        """The best keys, and who picked them."""
         plan = self.family.plan
         best = TopK(self.family.queries, self.options.top_k, self.arena, self.cancel)
         name = self._choose(plan)
@@ -190,12 +205,35 @@ class _Call:
             rest = tail(self.memory, plan)
             self._feed(best, rest)
             name += "+exact" if rest.tokens or any(m.group.scope.sessions for m in self.family.members) else ""
-        if self.family.counts is not None:
-            best.keep(self.family.counts)
-        partial = best.partial(self.options.logit_gap)
-        exact = self._exact() if self.options.measure else None
-        for member in self.family.members:
-            yield member, self._best_answer(best.narrow(member.rows), member, _rows(partial, member.rows), name, exact)
+        if self.recent is not None and self.family.counts is None:
+            for member in self.family.members:
+                part = best.narrow(member.rows)
+                found = Found(part.scores.clone(), part.rows.clone(), part.values.clone(), self.provenance, name)
+                self.recent.keep(self._key(member), found)
+        return best, name
+
+    def _again(self) -> tuple[TopK, str] | None:
+        """What the same question found a moment ago, if nothing changed since."""
+        if self.recent is None or self.family.counts is None:
+            return None
+        found = [self.recent.take(self._key(member)) for member in self.family.members]
+        first = found[0]
+        if first is None or any(one is None or one.provenance is not first.provenance for one in found):
+            return None
+        known = [one for one in found if one is not None]
+        best = TopK(self.family.queries, self.options.top_k, self.arena, self.cancel)
+        best.scores = torch.cat([one.scores for one in known], dim=1)
+        best.rows = torch.cat([one.rows for one in known], dim=1)
+        best.values = torch.cat([one.values for one in known], dim=1)
+        self.provenance = first.provenance
+        return best, first.name
+
+    def _key(self, member: _Member) -> Hashable:
+        """Equal for equal questions to the same state of the memory."""
+        scope, options = member.group.scope, self.options
+        where = (self.memory.row.key, self.memory.version, self.layer, self.placement, scope.documents, scope.where)
+        how = (options.top_k, options.engine, options.scale, tuple(sorted(options.search.items())))
+        return (where, tuple(sorted(self._seen(member).items())), how, digest(member.group.queries))
 
     def _choose(self, plan: Plan) -> str:
         """Who picks the keys: "exact", or "index:" and the factories."""
@@ -312,7 +350,7 @@ class _Call:
         """Only the masses, of a whole whose denominator the caller knows."""
         assert member.group.lse is not None
         heads = self.memory.spec.kv_heads
-        lse = member.group.lse.to(dense.queries.device).view(heads, -1)
+        lse = member.group.lse.to(dense.queries.device).reshape(heads, -1)
         # A row that sees nothing anywhere gives no mass to what was written since.
         ledger = self._weigh(dense, member, lse.masked_fill(lse == -torch.inf, torch.inf))
         partial = Partial(torch.zeros_like(dense.queries), lse)

@@ -184,8 +184,8 @@ class LiveMemory:
         fresh = {name: placement.owns(self.row.name, name) for name in documents if name not in owned}
         # Replaced, not changed: readers of other scopes look at it. Two layouts hold while documents move.
         known = {other: kept for other, kept in self._owned.items() if other != placement}
-        self._owned = {**dict(list(known.items())[-3:]), placement: owned | fresh}
-        owned = self._owned[placement]
+        owned = owned | fresh
+        self._owned = {**dict(list(known.items())[-3:]), placement: owned}
         return [document for name, document in documents.items() if owned[name]]
 
     def _make_plan(self, names: tuple[str, ...] | None, where: Filter | None, placement: Placement | None) -> Plan:

@@ -27,6 +27,7 @@ class Membership:
         self._vfs = vfs
         self._lock = threading.Lock()
         self._member = Member() if self._path is None else _load(self._path, vfs)
+        self._missed = 0  # The last write it was told to have missed.
 
     @property
     def member(self) -> Member:
@@ -40,13 +41,21 @@ class Membership:
             if known.map is not None and verb.map != known.map and verb.map.epoch <= known.map.epoch:
                 raise _stale(known.map.epoch)
             behind = known.behind if verb.behind is None else verb.behind
-            self._keep(Member(verb.map, verb.shard, behind))
+            whole = known.whole
+            if verb.behind is False:
+                # What was missed since the replicas were compared is still missing.
+                behind, whole = self._missed > verb.whole, max(whole, verb.whole)
+            self._keep(Member(verb.map, verb.shard, behind, whole))
             return self._member
 
-    def mark_behind(self) -> None:
-        """Remember, over restarts too, that a write was missed."""
+    def mark_behind(self, missed: int) -> None:
+        """Remember, over restarts too, that a write of this generation was missed."""
         with self._lock:
-            behind = Member(self._member.map, self._member.shard, behind=True)
+            known = self._member
+            if missed < known.whole:
+                return
+            self._missed = max(self._missed, missed)
+            behind = Member(known.map, known.shard, True, known.whole)
             self._member = behind  # First: who cannot write to its disk any more lacks writes all the more.
             self._keep(behind)
 
@@ -81,7 +90,7 @@ def _load(path: Path, vfs: Vfs) -> Member:
     shards = None if found["map"] is None else _map(found["map"])
     both = () if shards is None else (*shards.shards, *shards.also)
     alone = all(len(shard.addresses) == 1 for shard in both if shard.id == found["shard"])
-    return Member(shards, found["shard"], behind=found["behind"] or not alone)
+    return Member(shards, found["shard"], found["behind"] or not alone, found["whole"])
 
 
 def _map(found: dict[str, Any]) -> ShardMap:

@@ -123,6 +123,7 @@ class Member:
     map: ShardMap | None = None  # None: it was told none.
     shard: str = ""  # Which one it is a replica of.
     behind: bool = False  # It may have missed writes, so that it answers no reads until it is healed.
+    whole: int = 0  # The last time it was healed: it has all writes stamped before.
 
 
 @lru_cache(maxsize=1 << 16)

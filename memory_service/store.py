@@ -39,6 +39,7 @@ from memory_service.operations import Operations, Work
 from memory_service.paging import page_of, page_size
 from memory_service.pieces import cut_attend, join_attended
 from memory_service.provenance import session_source
+from memory_service.recent import Recent
 from memory_service.recovery import recover
 from memory_service.residency import Residency
 from memory_service.scan import Arena
@@ -98,6 +99,7 @@ class Store:
         self._operations = Operations(catalog, self._storage_failed)
         self._upkeep = Upkeep(catalog, files, vfs, root)
         self._arenas = threading.local()
+        self._recent = Recent()
         self._closing = threading.Event()
         self._handlers: dict[type[Verb[Any]], Callable[..., Any]] = {
             verbs.CreateMemory: self._create_memory,
@@ -127,7 +129,7 @@ class Store:
             verbs.CancelOperation: self._cancel_operation,
             verbs.GetShardMap: lambda t, v, _: self.membership.member,
             verbs.SetShardMap: lambda t, v, _: self.membership.set(v),
-            verbs.MarkBehind: lambda t, v, _: self.membership.mark_behind(),
+            verbs.MarkBehind: lambda t, v, _: self.membership.mark_behind(v.missed),
         }
         chores = (self._documents.expire, self._sessions.expire, self._prune)
         self._background = Background(
@@ -373,7 +375,10 @@ class Store:
         pieces, parts = cut_attend(verb, _PIECE_BYTES)
         memory.last_used = time.monotonic()
         with memory.reading():
-            answers = [engine.attend(memory, sessions, layer, part, arena, self._device, cancel) for part in parts]
+            answers = [
+                engine.attend(memory, sessions, layer, part, arena, self._device, cancel, self._recent)
+                for part in parts
+            ]
         return join_attended(pieces, answers)
 
     def _search(self, tenant: str, verb: verbs.Search, cancel: Cancel) -> tuple[TopTokens, ...]:

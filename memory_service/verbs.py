@@ -308,6 +308,7 @@ class SetShardMap(Verb[Member]):
     map: ShardMap
     shard: str  # Which shard this process is a replica of; empty: none any more.
     behind: bool | None = None  # Whether it may lack writes; None: as it was.
+    whole: int = 0  # With `behind` false: it has all writes stamped before. It stays behind if it missed a later one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,3 +316,4 @@ class MarkBehind(Verb[None]):
     """Tell a process that it missed a write: it answers no reads by shard map until it is healed."""
 
     role = Role.WRITE
+    missed: int  # The write's generation; nothing happens if it was healed since.

@@ -156,6 +156,7 @@ def _put(verb: PutDocument, budget: _Budget) -> Flow[DocumentInfo]:
         document.metadata,
         verb.conflict,
         verb.request_id,
+        verb.generation,
     )
     upload = yield from _call(begin, budget)
     patience = _Patience(budget)

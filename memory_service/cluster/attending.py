@@ -60,7 +60,7 @@ def attend(route: Route, verb: Attend) -> Flow[tuple[Attended, ...]]:
         found[number] = next(iter(whole[number].values()), None)
     if spread:
         both = yield from _spread(route, verb, spread, verb.options, gaps, layer)
-        if verb.options.measure:
+        if verb.options.measure and verb.options.top_k:
             exact = replace(verb.options, engine=Engine.EXACT, tokens=True)
             truth = yield from _spread(route, verb, spread, exact, [_Gap() for _ in verb.groups], layer)
             both = {number: replace(one, measured=merging.measured(one, truth[number])) for number, one in both.items()}
@@ -157,7 +157,7 @@ def _ask(
             raise one
         for number, answer in zip(numbers[shard.id], one, strict=True):
             answered[number][shard.id] = answer
-        if route.degrades and isinstance(verb, Attend):
+        if route.degrades and isinstance(verb, Attend) and route.known.may_list(verb.memory, shard.id):
             groups = [asked[number][shard.id] for number in numbers[shard.id]]
             if not all(_as_known(route, verb.memory, shard, *pair, layer) for pair in zip(groups, one, strict=True)):
                 stale.append(shard)

@@ -3,6 +3,7 @@ supervises the processes: a command, a thread, a Ray actor."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from memory_service.cluster.moving import Moved
 from memory_service.cluster.opening import Reach, directory_of
 from memory_service.cluster.place import Lines
 from memory_service.errors import FailedPrecondition, FotError, Unavailable
-from memory_service.shards import Member, Shard, ShardMap
+from memory_service.shards import Member, Shard, ShardMap, stamp_at
 from memory_service.types import Stats
 from memory_service.verbs import GetStats
 
@@ -194,13 +195,14 @@ class Caretaker:
         for shard in _all_shards(shards):
             there = [address for address in shard.addresses if isinstance(members[address], Member)]
             current = [address for address in there if not _behind(members[address])]
+            began = stamp_at(time.time())
             complete = bool(current) or force or len(there) == len(shard.addresses)
             behind = [address for address in there if address not in current]
             self._equal(shards, shard, there, current, done, progress)
             if not complete:
                 left += behind
             elif behind:
-                tell(shards, self._tenants[0].place, behind, behind=False)
+                tell(shards, self._tenants[0].place, behind, behind=False, whole=began)
                 # What they missed between the comparison and now.
                 self._equal(shards, shard, there, there, done, progress)
         return HealReport(done.copied, done.deleted, done.bytes, away, tuple(left))

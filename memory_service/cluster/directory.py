@@ -92,6 +92,7 @@ def tell(
     place: Callable[[str], RemotePlace],
     addresses: Iterable[str] | None = None,
     behind: bool | None = None,
+    whole: int = 0,
     timeout_s: float = 60.0,
 ) -> dict[str, Unavailable]:
     """Tell processes (all of the map's) their map. Gives those that cannot be reached; raises any other error."""
@@ -100,7 +101,7 @@ def tell(
         both = [*found.shards, *found.also]
         shard = next((one.id for one in both if address in one.addresses), "")
         try:
-            place(address).run(SetShardMap(found, shard, behind), timeout_s)
+            place(address).run(SetShardMap(found, shard, behind, whole), timeout_s)
         except Unavailable as error:
             away[address] = error
     return away

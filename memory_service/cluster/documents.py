@@ -90,7 +90,7 @@ def _written(route: Route, shards: Sequence[Shard], deliver: Callable[[int], Flo
             generation = route.stamps.next()
             continue
         if all(_enough(route, shard, told) for shard in shards[:1]):
-            _note_missed(route, told)
+            _note_missed(route, told, generation)
             return told
         refused = _refusal(shards[0], told)
         if refused is not None:
@@ -130,11 +130,11 @@ def _refusal(shard: Shard, told: Told) -> FotError | None:
     return next((error for error in errors if isinstance(error, Superseded)), None)
 
 
-def _note_missed(route: Route, told: Told) -> None:
+def _note_missed(route: Route, told: Told, generation: int) -> None:
     """Replicas that are to hear that they lack a write others have. What they do not have they need not delete."""
     for address, one in told.items():
         if isinstance(one, FotError) and not isinstance(one, Superseded | NotFound | AlreadyExists | InvalidArgument):
-            route.health.owe(address)
+            route.health.owe(address, generation)
 
 
 def _replace(route: Route, shards: Sequence[Shard], verb: Verb[Any]) -> Flow[Told]:

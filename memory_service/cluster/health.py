@@ -25,7 +25,7 @@ class Health:
         self._now = now
         self._lock = threading.Lock()
         self._down: dict[str, _Down] = {}
-        self._owed: set[str] = set()
+        self._owed: dict[str, int] = {}
         # Clients begin at different replicas; one client at the same, which may remember its last question.
         self._turn = random.randrange(1 << 16)
 
@@ -65,20 +65,21 @@ class Health:
             failures = known.failures + 1 if known else 1
             self._down[address] = _Down(failures, self._now() + _pause_s(failures))
 
-    def owe(self, address: str) -> None:
+    def owe(self, address: str, generation: int) -> None:
         """It missed a change that others have, and must be told."""
         with self._lock:
-            self._owed.add(address)
+            self._owed[address] = max(generation, self._owed.get(address, 0))
 
-    def owes(self, address: str) -> bool:
-        """Whether it must still be told that it missed a change."""
+    def owed(self, address: str) -> int:
+        """The last change it missed and was not told of yet; 0 if there is none."""
         with self._lock:
-            return address in self._owed
+            return self._owed.get(address, 0)
 
-    def paid(self, address: str) -> None:
-        """It was told."""
+    def paid(self, address: str, generation: int) -> None:
+        """It was told of this one."""
         with self._lock:
-            self._owed.discard(address)
+            if self._owed.get(address) == generation:
+                del self._owed[address]
 
 
 def _pause_s(failures: int) -> float:

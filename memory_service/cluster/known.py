@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from memory_service.types import DocumentInfo, MemorySpec, Scope, SessionInfo
 from memory_service.verbs import Attend, Fetch, Search, Verb
 
 _SESSIONS = 4096
+_LIST_S = 1.0  # Where others write all the time, a shard would be listed for every answer.
 
 
 @dataclass(slots=True)
@@ -32,7 +35,7 @@ class Known:
         self._specs: dict[str, MemorySpec] = {}
         self._sessions: OrderedDict[str, KnownSession] = OrderedDict()
         self._documents: dict[str, dict[str, DocumentInfo]] = {}  # Memory -> id -> document.
-        self._listed: set[tuple[str, str]] = set()  # (memory, shard) whose documents are all known.
+        self._listed: dict[tuple[str, str], float] = {}  # (memory, shard) whose documents are all known -> since when.
 
     # --- Specs ---
 
@@ -46,7 +49,7 @@ class Known:
         with self._lock:
             self._specs.pop(memory, None)
             self._documents.pop(memory, None)
-            self._listed = {one for one in self._listed if one[0] != memory}
+            self._listed = {one: since for one, since in self._listed.items() if one[0] != memory}
 
     # --- Sessions ---
 
@@ -88,7 +91,12 @@ class Known:
             for name in [one for one in mine if shards.owner(memory, one).id == shard]:
                 del mine[name]
             mine.update((one.id, one) for one in documents)
-            self._listed.add((memory, shard))
+            self._listed[memory, shard] = time.monotonic()
+
+    def may_list(self, memory: str, shard: str) -> bool:
+        """Whether it is time to list a shard again, if it seems to have changed."""
+        with self._lock:
+            return time.monotonic() - self._listed.get((memory, shard), -math.inf) > _LIST_S
 
     def learn_document(self, memory: str, document: DocumentInfo) -> None:
         with self._lock:

@@ -44,7 +44,7 @@ def create(route: Route, verb: CreateMemory) -> Flow[MemoryInfo]:
     route.known.learn_spec(verb.name, infos[0].spec)
     for address, one in found.items():
         if isinstance(one, Unavailable):
-            route.health.owe(address)
+            route.health.owe(address, route.stamps.next())
     return _summed([replace(one, documents=0, tokens=0, bytes=0) for one in infos])
 
 
@@ -59,7 +59,7 @@ def delete(route: Route, verb: DeleteMemory) -> Flow[None]:
     _check_each_shard(route, {address: None if one in gone else one for address, one in found.items()})
     for address, one in found.items():
         if isinstance(one, Unavailable):
-            route.health.owe(address)
+            route.health.owe(address, route.stamps.next())
 
 
 def get(route: Route, verb: GetMemory) -> Flow[MemoryInfo]:

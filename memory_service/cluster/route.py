@@ -12,6 +12,7 @@ from memory_service.cluster.options import ClusterOptions, OnMissing
 from memory_service.cluster.steps import Ask, Budget, First, Flow, Pause, Together, outcomes
 from memory_service.errors import (
     DataLoss,
+    DeadlineExceeded,
     FotError,
     PermissionDenied,
     ResourceExhausted,
@@ -53,10 +54,10 @@ class Route:
     def at(self, address: str, verb: Verb[Answer]) -> Flow[Answer]:
         """Ask one process, and remember whether it answered."""
         try:
-            if self.health.owes(address):
-                yield from self._pay(address)
+            if missed := self.health.owed(address):
+                yield from self._pay(address, missed)
             answer: Answer = yield Ask(address, verb, self.budget.left_s, self.map.epoch)
-        except Unavailable:
+        except (Unavailable, DeadlineExceeded):
             self.health.failed(address)
             raise
         except FotError:
@@ -132,13 +133,13 @@ class Route:
                     raise error
         raise lost_shard(shard, failures)
 
-    def _pay(self, address: str) -> Flow[None]:
+    def _pay(self, address: str, missed: int) -> Flow[None]:
         """Tell a replica that it missed a change, before it is asked anything."""
         try:
-            yield Ask(address, MarkBehind(), min(MARK_S, self.budget.left_s), 0)
+            yield Ask(address, MarkBehind(missed), min(MARK_S, self.budget.left_s), 0)
         except PermissionDenied:
             return
-        self.health.paid(address)
+        self.health.paid(address, missed)
 
 
 def lost_shard(shard: Shard, failures: Sequence[FotError]) -> Unavailable:

@@ -960,38 +960,46 @@ class GetShardMapRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetShardMapResponse(_message.Message):
-    __slots__ = ("map", "shard", "behind")
+    __slots__ = ("map", "shard", "behind", "whole")
     MAP_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     map: ShardMap
     shard: str
     behind: bool
-    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ...) -> None: ...
+    whole: int
+    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ..., whole: _Optional[int] = ...) -> None: ...
 
 class SetShardMapRequest(_message.Message):
-    __slots__ = ("map", "shard", "behind")
+    __slots__ = ("map", "shard", "behind", "whole")
     MAP_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     map: ShardMap
     shard: str
     behind: bool
-    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ...) -> None: ...
+    whole: int
+    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ..., whole: _Optional[int] = ...) -> None: ...
 
 class SetShardMapResponse(_message.Message):
-    __slots__ = ("map", "shard", "behind")
+    __slots__ = ("map", "shard", "behind", "whole")
     MAP_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     map: ShardMap
     shard: str
     behind: bool
-    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ...) -> None: ...
+    whole: int
+    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ..., whole: _Optional[int] = ...) -> None: ...
 
 class MarkBehindRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("missed",)
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    missed: int
+    def __init__(self, missed: _Optional[int] = ...) -> None: ...
 
 class MarkBehindResponse(_message.Message):
     __slots__ = ()

@@ -38,6 +38,46 @@ def services(count: int, directory: Path | None = None, **settings: object) -> I
         yield addresses
 
 
+class Service:
+    """A service in this process over a directory, at a port that stays its own; stopped, it answers nothing more."""
+
+    def __init__(self, directory: Path, **settings: object):
+        self.address = f"127.0.0.1:{_free_port()}"
+        self._directory = directory
+        self._settings = settings
+        self._closing: ExitStack | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._closing is not None
+
+    def start(self) -> None:
+        given = {"listen": self.address, "drain_grace_s": 0.0, "attend_threads": 1} | self._settings
+        with ExitStack() as closing:
+            store = closing.enter_context(Store.open(self._directory, QUIET))
+            closing.enter_context(running(store, ServerSettings(**given)))  # type: ignore[arg-type]
+            self._closing = closing.pop_all()
+
+    def stop(self) -> None:
+        assert self._closing is not None
+        self._closing.close()
+        self._closing = None
+
+
+@contextmanager
+def restartable(directory: Path, count: int, **settings: object) -> Iterator[list[Service]]:
+    """Started services that a test stops and starts again."""
+    found = [Service(directory / f"service-{number}", **settings) for number in range(count)]
+    try:
+        for one in found:
+            one.start()
+        yield found
+    finally:
+        for one in found:
+            if one.alive:
+                one.stop()
+
+
 def target(addresses: Sequence[str], query: str = "") -> str:
     """A cluster's target, also where it is one service."""
     return f"grpc://{','.join(addresses)}?{query or 'replicas=1'}"
