@@ -108,7 +108,7 @@ class TopK:
 
     def keep(self, counts: Tensor) -> None:
         """Forget all but the `counts` [H, R] best keys of every row."""
-        order = self.scores.sort(2, descending=True, stable=True).indices
+        order = self.scores.sort(dim=2, descending=True, stable=True).indices
         places = torch.arange(self.top_k, device=order.device).expand_as(order)
         ranks = torch.empty_like(order).scatter_(2, order, places)
         lost = ranks >= counts[..., None]

@@ -55,7 +55,7 @@ class Provenance:
 
 def top_tokens(provenance: Provenance, scores: Tensor, rows: Tensor, lse: Tensor, heads: int) -> TopTokens:
     """The kept keys of [H, R, K], best first, as [G, Q, K] of `heads` query heads."""
-    order = scores.argsort(2, descending=True, stable=True)
+    order = scores.argsort(dim=2, descending=True, stable=True)
     scores = scores.gather(2, order)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     source, offset, names = provenance.sources(rows.gather(2, order).cpu().numpy())

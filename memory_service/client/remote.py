@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +30,6 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # A service that restarts is back within seconds; gRPC's own pauses grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
     # Notice a peer that vanished without a word.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -50,15 +49,26 @@ BROKEN_LINE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """How long to wait for a service that does not answer."""
+
+    patience_s: float = PATIENCE_S  # A call that may be repeated is, for so long.
+    connect_ms: int = 100  # For one attempt to connect.
+    reconnect_ms: int = 1000  # Between attempts, at most.
+
+
+PATIENT = Line()
+
+
 class RemotePlace:
     """A service, asked from any number of threads over one connection."""
 
-    def __init__(self, address: Address, patience_s: float = PATIENCE_S):
-        """An unreachable service is tried for `patience_s`."""
+    def __init__(self, address: Address, line: Line = PATIENT):
         self.target = address.target
-        self._patience_s = patience_s
+        self._patience_s = line.patience_s
         self._metadata = _metadata(address)
-        options = _options(address)
+        options = _options(address, line)
         if address.tls is None:
             self._channel = grpc.insecure_channel(address.authority, options)
         else:
@@ -120,12 +130,11 @@ class RemotePlace:
 class AsyncRemotePlace:
     """A service, asked on one event loop over one connection."""
 
-    def __init__(self, address: Address, patience_s: float = PATIENCE_S):
-        """An unreachable service is tried for `patience_s`."""
+    def __init__(self, address: Address, line: Line = PATIENT):
         self.target = address.target
-        self._patience_s = patience_s
+        self._patience_s = line.patience_s
         self._metadata = _metadata(address)
-        options = _options(address)
+        options = _options(address, line)
         if address.tls is None:
             self._channel = aio.insecure_channel(address.authority, options)
         else:
@@ -224,9 +233,14 @@ def _routed(metadata: tuple[tuple[str, str], ...], epoch: int) -> tuple[tuple[st
     return (*metadata, (EPOCH, str(epoch))) if epoch else metadata
 
 
-def _options(address: Address) -> list[tuple[str, Any]]:
+def _options(address: Address, line: Line) -> list[tuple[str, Any]]:
+    options = [
+        *CHANNEL_OPTIONS,
+        ("grpc.min_reconnect_backoff_ms", line.connect_ms),  # It also bounds one attempt, and nothing else does.
+        ("grpc.max_reconnect_backoff_ms", line.reconnect_ms),
+    ]
     renamed = address.tls.server_name if address.tls else None
-    return [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", renamed)] if renamed else CHANNEL_OPTIONS
+    return [*options, ("grpc.ssl_target_name_override", renamed)] if renamed else options
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:

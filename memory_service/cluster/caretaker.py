@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +17,7 @@ from memory_service.cluster.directory import Directory, members_of, tell
 from memory_service.cluster.healing import Healed, differences, heal_shard
 from memory_service.cluster.moving import Moved
 from memory_service.cluster.opening import Reach, directory_of
-from memory_service.cluster.place import Lines
+from memory_service.cluster.place import IMPATIENT, Lines
 from memory_service.errors import FailedPrecondition, FotError, Unavailable
 from memory_service.shards import Member, Shard, ShardMap, stamp_at
 from memory_service.types import Stats
@@ -25,6 +25,9 @@ from memory_service.verbs import GetStats
 
 Progress = Callable[[str, int, int], None]  # What is done, units done, units in all.
 _CALL_S = 60.0
+_LINE = replace(IMPATIENT, patience_s=1.5)  # A process that does not answer may just be coming back.
+_SETTLE_S = 0.3  # Clients need a moment to notice that a process is back; what they write until then, it misses.
+_SETTLES = 5
 _PASSES = 100  # Of copying, each of which needs less than the one before unless writers are faster.
 
 
@@ -107,7 +110,7 @@ class Caretaker:
     ) -> Self:
         """Of a cluster's target; `tokens` are admin tokens of the tenants whose memories are to be kept whole."""
         found = [cluster_target(target, token, tls, insecure) for token in tokens]
-        directories = [directory_of(*_parts(one)) for one in found]
+        directories = [directory_of(*_parts(one), line=_LINE) for one in found]
         return cls(directories[0][0], [lines for _, lines, _ in directories])
 
     def close(self) -> None:
@@ -203,9 +206,26 @@ class Caretaker:
                 left += behind
             elif behind:
                 tell(shards, self._tenants[0].place, behind, behind=False, whole=began)
-                # What they missed between the comparison and now.
-                self._equal(shards, shard, there, there, done, progress)
+                self._settle(shards, shard, there, behind, done, progress)
         return HealReport(done.copied, done.deleted, done.bytes, away, tuple(left))
+
+    def _settle(
+        self,
+        shards: ShardMap,
+        shard: Shard,
+        there: Sequence[str],
+        healed: Sequence[str],
+        done: Healed,
+        progress: Progress | None,
+    ) -> None:
+        """Bring replicas what they still missed between the comparison and the moment every writer reached them."""
+        for _ in range(_SETTLES if len(there) > 1 else 0):
+            time.sleep(_SETTLE_S)
+            before, began = (done.copied, done.deleted), stamp_at(time.time())
+            self._equal(shards, shard, there, there, done, progress)
+            tell(shards, self._tenants[0].place, healed, behind=False, whole=began)
+            if (done.copied, done.deleted) == before:
+                return
 
     def _equal(
         self,
@@ -284,6 +304,9 @@ class Caretaker:
             before = known.shards
             known = ShardMap(known.epoch + 1, known.shards, target)
             known.check()
+            for tenant in range(len(self._tenants)):
+                # Before anybody writes there.
+                moving.shared_memories(known, self._places(tenant, known))
             self._tell_all(known)
         elif known.switched:
             before = known.also

@@ -89,15 +89,15 @@ def _written(route: Route, shards: Sequence[Shard], deliver: Callable[[int], Flo
                 route.stamps.see(int(one.metadata["generation"]))
             generation = route.stamps.next()
             continue
-        if all(_enough(route, shard, told) for shard in shards[:1]):
+        # While a document moves its next owner needs it as much: it is read there as soon as the map says so.
+        if all(_enough(route, shard, told) for shard in shards):
             _note_missed(route, told, generation)
             return told
-        refused = _refusal(shards[0], told)
-        if refused is not None:
+        if not _enough(route, shards[0], told) and (refused := _refusal(shards[0], told)) is not None:
             raise refused
         if route.budget.now() + pause >= until:
-            errors = [told[a] for a in shards[0].addresses if isinstance(told.get(a), FotError)]
-            raise lost_shard(shards[0], errors)
+            lost = next(shard for shard in shards if not _enough(route, shard, told))
+            raise lost_shard(lost, [told[a] for a in lost.addresses if isinstance(told.get(a), FotError)])
         yield Pause(pause)
         pause = min(LONGEST_PAUSE_S, 2 * pause)
 
@@ -164,7 +164,9 @@ def _create(route: Route, shards: Sequence[Shard], verb: PutDocument) -> Flow[To
         told[first] = info
         others = [address for shard in shards for address in shard.addresses if not _accepted_at(told, address)]
         follow = replace(verb, generation=info.generation)
-        flows = [route.at(address, follow) for address in others]
+        # The next owner of a document that moves may hold what is left of an older one, and does not decide.
+        after = replace(follow, conflict=Conflict.REPLACE, request_id=verb.request_id[:120] + "+")
+        flows = [route.at(address, follow if address in owner.addresses else after) for address in others]
         told |= dict(zip(others, outcomes((yield Together(flows))), strict=True))
         return told
     return told

@@ -50,8 +50,8 @@ def rank(found: Sequence[TopTokens], top_k: int, logit_gap: float | None = None)
     source = torch.cat([_renumbered(one, place) for one in found], dim=2)
     shard = torch.cat([torch.full_like(one.source, number) for number, one in enumerate(found)], dim=2)
     # Stable sorts, the least important first.
-    order = ((source.long() << _SHIFT) + offset).sort(2, stable=True).indices
-    order = order.gather(2, score.gather(2, order).sort(2, descending=True, stable=True).indices)[:, :, :top_k]
+    order = ((source.long() << _SHIFT) + offset).sort(dim=2, stable=True).indices
+    order = order.gather(2, score.gather(2, order).sort(dim=2, descending=True, stable=True).indices)[:, :, :top_k]
     score, offset, source, shard = (one.gather(2, order) for one in (score, offset, source, shard))
     lost = score == -torch.inf
     if logit_gap is not None:

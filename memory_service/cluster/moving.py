@@ -35,7 +35,7 @@ def carry(shards: ShardMap, places: Places, done: Moved, advance: Callable[[int,
     `places` are the processes that answer, and hold all writes of their shard.
     """
     changes = 0
-    for memory in _memories(shards, places):
+    for memory in shared_memories(shards, places):
         for shard in shards.shards:
             source = _reader(shard, places)
             held = holding(places[source], memory.name)
@@ -102,7 +102,7 @@ def clear(before: tuple[Shard, ...], shards: ShardMap, places: Places, done: Mov
                         done.deleted += delete(place, memory, one.id, one.generation)
 
 
-def _memories(shards: ShardMap, places: Places) -> list[MemoryInfo]:
+def shared_memories(shards: ShardMap, places: Places) -> list[MemoryInfo]:
     """The memories of the old layout; the new owners now have them too."""
     known: dict[str, MemoryInfo] = {}
     for shard in shards.shards:

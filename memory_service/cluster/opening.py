@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
 from memory_service.client.places import DIRECTORIES, Address, Tls
+from memory_service.client.remote import Line
 from memory_service.cluster.directory import Directory, Seeds
 from memory_service.cluster.options import ClusterOptions, cut_target, on_missing_of
-from memory_service.cluster.place import AsyncClusterPlace, ClusterPlace, Lines
+from memory_service.cluster.place import IMPATIENT, AsyncClusterPlace, ClusterPlace, Lines
 from memory_service.errors import InvalidArgument
 
 
@@ -46,10 +47,10 @@ def open_async_cluster(scheme: str, rest: str, reach: Reach, on_missing: str | N
 
 
 def directory_of(
-    scheme: str, rest: str, reach: Reach, on_missing: str | None = None
+    scheme: str, rest: str, reach: Reach, on_missing: str | None = None, line: Line = IMPATIENT
 ) -> tuple[Directory, Lines, ClusterOptions]:
     """Who knows the cluster's shards, the connections to them, and what the target says besides."""
-    lines = Lines(reach.address)
+    lines = Lines(reach.address, line)
     directory: Directory
     if scheme in ("grpc", "grpcs"):
         authorities, options = cut_target(rest)

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from memory_service.client.places import Address, closed
-from memory_service.client.remote import AsyncRemotePlace, RemotePlace
+from memory_service.client.remote import AsyncRemotePlace, Line, RemotePlace
 from memory_service.cluster.directory import Directory
 from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.router import Router
@@ -20,24 +20,27 @@ from memory_service.verbs import Verb
 
 Answer = TypeVar("Answer")
 
+# There may be another replica. And what is written while one that is back is not yet tried again, it misses.
+IMPATIENT = Line(patience_s=0.0, connect_ms=2000, reconnect_ms=200)
 _THREADS = 64  # Of one depth: a call to many shards, of which each asks replicas.
 
 
 class Lines:
     """Connections to the processes of a cluster, each opened when it is first asked. Thread-safe."""
 
-    def __init__(self, address_of: Callable[[str], Address]):
+    def __init__(self, address_of: Callable[[str], Address], line: Line = IMPATIENT):
         """`address_of` makes an authority the address to connect to."""
         self._address_of = address_of
+        self._line = line
         self._lock = threading.Lock()
         self._places: dict[str, RemotePlace] = {}
 
     def place(self, authority: str) -> RemotePlace:
-        """The connection to a process. It fails at once if nobody answers: there may be another replica."""
+        """The connection to a process."""
         with self._lock:
             found = self._places.get(authority)
             if found is None:
-                found = self._places[authority] = RemotePlace(self._address_of(authority), patience_s=0.0)
+                found = self._places[authority] = RemotePlace(self._address_of(authority), self._line)
             return found
 
     def close(self) -> None:
@@ -223,5 +226,5 @@ class AsyncClusterPlace:
     def _place(self, authority: str) -> AsyncRemotePlace:
         found = self._places.get(authority)
         if found is None:
-            found = self._places[authority] = AsyncRemotePlace(self._address_of(authority), patience_s=0.0)
+            found = self._places[authority] = AsyncRemotePlace(self._address_of(authority), IMPATIENT)
         return found

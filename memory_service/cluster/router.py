@@ -11,7 +11,7 @@ from memory_service.cluster.known import Known
 from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.route import Route
 from memory_service.cluster.steps import Budget, Flow, NewMap, Pause
-from memory_service.errors import InvalidArgument, StaleMap
+from memory_service.errors import InvalidArgument, StaleMap, Unavailable
 from memory_service.shards import ShardMap, Stamps
 from memory_service.verbs import (
     AppendSessions,
@@ -41,6 +41,8 @@ Answer = TypeVar("Answer")
 
 _MAPS = 8  # New maps that one call may meet.
 _STALE_PAUSE_S = 0.05
+_LOOK_S = 5.0
+_FIND_PAUSE_S = 0.2
 
 
 def _fetch(route: Route, verb: Fetch) -> Flow[object]:
@@ -80,6 +82,7 @@ class Router:
         self.health = Health()
         self.known = Known()
         self.stamps = Stamps()
+        self._again = 0.0
 
     def flow(self, verb: Verb[Answer], timeout_s: float) -> Flow[Answer]:
         """The steps that answer a verb within `timeout_s`."""
@@ -89,8 +92,10 @@ class Router:
         budget = Budget(timeout_s)
         maps = 0
         while True:
-            if self.map is None:
-                self.map = yield NewMap(0)
+            if self.map is None or (self.map.epoch == 0 and budget.now() > self._again):
+                # By a mere list of addresses nobody tells this client that documents move: it must look.
+                self.map = yield from self._find(budget)
+                self._again = budget.now() + _LOOK_S
             route = Route(self.map, budget, self.options, self.health, self.known, self.stamps)
             try:
                 return (yield from way(route, verb))  # type: ignore[no-any-return]  # a verb's way gives its answer
@@ -103,3 +108,14 @@ class Router:
             found = yield NewMap(route.map.epoch)
             if self.map is None or found.epoch > self.map.epoch:
                 self.map = found
+
+    def _find(self, budget: Budget) -> Flow[ShardMap]:
+        """The map, from processes that may just be starting."""
+        until = min(budget.until, budget.now() + self.options.patience_s)
+        while True:
+            try:
+                return (yield NewMap(0))  # type: ignore[no-any-return]  # the step's answer
+            except Unavailable:
+                if budget.now() + _FIND_PAUSE_S >= until:
+                    raise
+            yield Pause(_FIND_PAUSE_S)
