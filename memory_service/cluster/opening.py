@@ -28,7 +28,7 @@ class Reach:
 
     def address(self, authority: str) -> Address:
         """Where and how to connect to one of them."""
-        return Address(self.target, authority, self.tls, self.token)
+        return Address(authority, authority, self.tls, self.token)
 
 
 DirectoryOf = Callable[[str, Reach, Lines], tuple[Directory, ClusterOptions]]

@@ -68,10 +68,11 @@ def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-def named(tokens: TopTokens) -> list[list[tuple[float, float]]]:
-    """Scores and weights of each row; which of several equal keys took part is not determined."""
-    rows = zip(tokens.score.flatten(0, 1).tolist(), tokens.weight.flatten(0, 1).tolist(), strict=True)
-    return [sorted((round(s, 4), round(w, 4)) for s, w in zip(*row, strict=True)) for row in rows]
+def same_tokens(a: TopTokens, b: TopTokens) -> None:
+    """Equal scores and weights, best first; which of several equal keys took part is not determined."""
+    assert close(a.score, b.score)
+    assert close(a.weight, b.weight)
+    assert torch.equal(a.source >= 0, b.source >= 0)
 
 
 def alike(a: Attended, b: Attended) -> None:
@@ -84,7 +85,7 @@ def alike(a: Attended, b: Attended) -> None:
         b.measured,
     )
     if a.tokens is not None and b.tokens is not None:
-        assert named(a.tokens) == named(b.tokens)
+        same_tokens(a.tokens, b.tokens)
     if a.attribution is not None and b.attribution is not None:
         masses = [{one.source: one.mass for one in found} for found in (a.attribution, b.attribution)]
         # Among twins the mass may lie with any.
@@ -127,7 +128,7 @@ def test_a_top_k_holds_k_keys_however_many_score_alike(both: tuple[Memory, Memor
 
 
 def test_the_gap_is_measured_from_the_best_of_all_shards(both: tuple[Memory, Memory]) -> None:
-    for gap in (0.0, 0.3, 2.0):
+    for gap in (0.01, 0.3, 2.0):  # At 0 it would be left to the last bit of equal keys.
         one, many = (m.attend(LAYER, queries(), top_k=9, logit_gap=gap, tokens=True) for m in both)
         alike(one, many)
 
@@ -158,7 +159,7 @@ def test_sessions_and_documents_share_one_softmax(both: tuple[Memory, Memory]) -
             answers.append(found)
     for one, many in zip(*answers, strict=True):
         if one.tokens is not None:
-            assert named(one.tokens) == named(many.tokens)
+            same_tokens(one.tokens, many.tokens)
         assert close(one.output, many.output)
         assert close(one.lse, many.lse)
         assert one.coverage == many.coverage
@@ -180,7 +181,7 @@ def test_many_groups_come_back_in_order(both: tuple[Memory, Memory]) -> None:
 def test_search_names_the_same_tokens(both: tuple[Memory, Memory]) -> None:
     for scope in SCOPES:
         one, many = (memory.search(LAYER, queries(), top_k=6, **scope) for memory in both)
-        assert named(one) == named(many)
+        same_tokens(one, many)
 
 
 def test_what_a_memory_refuses_a_cluster_refuses(both: tuple[Memory, Memory]) -> None:

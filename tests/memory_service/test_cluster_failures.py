@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +46,7 @@ from memory_service.verbs import (
     SetShardMap,
     Verb,
 )
-from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, processes, restartable, services, target
+from tests.memory_service.clusters import LAYER, SPEC, Process, Service, drawn, processes, restartable, services, target
 
 TWICE = "replicas=2"
 
@@ -62,7 +62,7 @@ def pairs(tmp_path: Path) -> Iterator[list[Service]]:
         yield found
 
 
-def opened(found: list[Service], query: str = TWICE, **given: Any) -> Memory:
+def opened(found: Sequence[Service | Process], query: str = TWICE, **given: Any) -> Memory:
     return Memory.open(target([one.address for one in found], query), "m", SPEC, **given)
 
 
@@ -147,14 +147,13 @@ def test_a_session_survives_the_death_of_a_replica(pairs: list[Service]) -> None
 
 
 def test_a_killed_process_costs_no_request_and_no_document(tmp_path: Path) -> None:
-    with processes(tmp_path, 2) as found:
-        with Memory.open(target([one.address for one in found], TWICE), "m", SPEC) as memory:
-            for number in range(6):
-                put(memory, f"d{number}", number)
-            found[0].kill()
-            for number in range(6, 9):
-                put(memory, f"d{number}", number)
-            as_one({f"d{number}": number for number in range(9)}, memory)
+    with processes(tmp_path, 2) as found, opened(found) as memory:
+        for number in range(6):
+            put(memory, f"d{number}", number)
+        found[0].kill()
+        for number in range(6, 9):
+            put(memory, f"d{number}", number)
+        as_one({f"d{number}": number for number in range(9)}, memory)
 
 
 # --- Behind and healed -----------------------------------------------------------------------------------------------
@@ -325,9 +324,9 @@ def test_a_missing_shard_fails_by_name_or_is_left_out_to_the_token(tmp_path: Pat
             )
             named = lenient.attend(LAYER, queries(), scope=names[:5]).coverage
             assert named.in_scope == sum(tokens[name] for name in names[:5])
-            with Memory.open(target([one.address for one in found], "on_missing=degrade"), "m") as late:
-                with pytest.raises(Unavailable, match="never learnt"):
-                    late.attend(LAYER, queries())
+            where = target([one.address for one in found], "on_missing=degrade")
+            with Memory.open(where, "m") as late, pytest.raises(Unavailable, match="never learnt"):
+                late.attend(LAYER, queries())
 
 
 # --- Who may, and whose --------------------------------------------------------------------------------------------
@@ -365,7 +364,7 @@ def test_a_token_is_not_sent_in_clear_to_other_machines() -> None:
         Memory.open("grpc://127.0.0.1:1,10.0.0.1:2", "m", SPEC, token="fot_secret")
 
 
-# --- Hedging and health, without services ------------------------------------------------------------------------------
+# --- Hedging and health, without services ----------------------------------------------------------------------------
 
 
 class Here:

@@ -1,4 +1,4 @@
-"""Shards added and removed while the cluster is read and written: no answer is wrong, no document is lost or doubled."""
+"""Shards added and removed while the cluster is read and written: nothing is wrong, lost or doubled."""
 
 from __future__ import annotations
 
