@@ -18,7 +18,7 @@ from memory_service.cluster.healing import Healed, differences, heal_shard
 from memory_service.cluster.moving import Moved
 from memory_service.cluster.opening import Reach, directory_of
 from memory_service.cluster.place import IMPATIENT, Lines
-from memory_service.errors import FailedPrecondition, FotError, Unavailable
+from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, Unavailable
 from memory_service.shards import Member, Shard, ShardMap, stamp_at
 from memory_service.types import Stats
 from memory_service.verbs import GetStats
@@ -296,6 +296,8 @@ class Caretaker:
             raise FailedPrecondition("the processes were told no map; open the cluster with an admin's token first")
         if known.also and target not in (known.also, known.shards):
             raise FailedPrecondition("another move is under way; finish it with its own shards first")
+        if not known.also:
+            _check_names(known.shards, target)
         done = Moved()
         if not known.also and known.shards == target:
             moving.clear(target, known, self._places(0, known), done)
@@ -365,6 +367,21 @@ class Caretaker:
             if all(address in away for address in shard.addresses):
                 raise Unavailable(f"no replica of shard {shard.id} answers ({', '.join(shard.addresses)}); nothing is "
                                   "lost: try again when one is back")  # fmt: skip
+
+
+def _check_names(before: Sequence[Shard], after: Sequence[Shard]) -> None:
+    """Raise InvalidArgument if a name would stand for other processes, or a process for another name, than before.
+
+    Owners are found by name: a document whose owner keeps its name is not moved.
+    """
+    names = {address: shard.id for shard in before for address in shard.addresses}
+    runs = {shard.id: set(shard.addresses) for shard in before}
+    for shard in after:
+        renamed = [one for one in shard.addresses if names.get(one, shard.id) != shard.id]
+        if renamed:
+            raise InvalidArgument(f"{renamed[0]} is a replica of shard {names[renamed[0]]}; it cannot become {shard.id}")
+        if runs.get(shard.id, set(shard.addresses)) != set(shard.addresses):
+            raise InvalidArgument(f"shard {shard.id} has other addresses; change those with `publish`, then move")
 
 
 def _behind(member: Member | FotError) -> bool:

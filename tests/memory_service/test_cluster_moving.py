@@ -16,7 +16,7 @@ from memory_service.client.remote import RemotePlace
 from memory_service.cluster import caretaker as caretaking
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.cluster.opening import Reach
-from memory_service.errors import FailedPrecondition, FotError, StaleMap
+from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, StaleMap
 from memory_service.shards import Shard, ShardMap
 from memory_service.verbs import GetDocument, GetShardMap, ListDocuments
 from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target
@@ -91,7 +91,8 @@ def test_a_new_shard_takes_its_part_and_nothing_else_moves(four: list[Service]) 
 def test_readers_and_writers_notice_nothing_of_a_move(four: list[Service]) -> None:
     problems: list[object] = []
     stop = threading.Event()
-    layouts = [shards(four[:1], four[1:2], four[2:3], four[3:]), shards(four[:1], four[3:]), shards(four[1:2])]
+    all_four = shards(four[:1], four[1:2], four[2:3], four[3:])
+    layouts = [all_four, (all_four[0], all_four[3]), (all_four[1],)]
     where = target([one.address for one in four[:2]])
     with cluster(four[:2]) as (_, keeper):
 
@@ -199,6 +200,14 @@ def test_new_addresses_of_the_same_shards_move_nothing(four: list[Service]) -> N
         assert keeper.status().whole
         four[1].stop()
         assert [one.id for one in memory.documents()] == sorted(IDS)
+
+
+def test_a_name_stands_for_the_same_processes_before_and_after(four: list[Service]) -> None:
+    with cluster(four[:2]) as (_, keeper):
+        for wrong in (shards(four[:1], four[2:3]), shards(four[1:2], four[2:3])):
+            with pytest.raises(InvalidArgument):
+                keeper.move(wrong)
+        assert keeper.map.epoch == 1
 
 
 def test_seeds_lead_to_the_map_the_processes_know(four: list[Service]) -> None:
