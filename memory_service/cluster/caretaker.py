@@ -379,7 +379,9 @@ def _check_names(before: Sequence[Shard], after: Sequence[Shard]) -> None:
     for shard in after:
         renamed = [one for one in shard.addresses if names.get(one, shard.id) != shard.id]
         if renamed:
-            raise InvalidArgument(f"{renamed[0]} is a replica of shard {names[renamed[0]]}; it cannot become {shard.id}")
+            raise InvalidArgument(
+                f"{renamed[0]} is a replica of {names[renamed[0]]}; it cannot become one of {shard.id}"
+            )
         if runs.get(shard.id, set(shard.addresses)) != set(shard.addresses):
             raise InvalidArgument(f"shard {shard.id} has other addresses; change those with `publish`, then move")
 

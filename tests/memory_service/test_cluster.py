@@ -321,4 +321,3 @@ def test_owners_are_spread_evenly_and_few_move() -> None:
     assert {after[one] for one in moved} == {"s4"}
     # What owns a document is part of the format: another answer would lose every document of a cluster.
     assert [layout(4).owner("m", one).id for one in ("a", "b", "c", "d")] == ["s0", "s2", "s2", "s0"]
-

@@ -141,9 +141,7 @@ def test_readers_and_writers_notice_nothing_of_a_move(four: list[Service]) -> No
 
 
 @pytest.mark.parametrize("stops_at", [3, 4])
-def test_a_move_that_was_cut_off_goes_on(
-    four: list[Service], monkeypatch: pytest.MonkeyPatch, stops_at: int
-) -> None:
+def test_a_move_that_was_cut_off_goes_on(four: list[Service], monkeypatch: pytest.MonkeyPatch, stops_at: int) -> None:
     wanted = shards(four[:1], four[1:2], four[2:3])
     tell = caretaking.tell
 
