@@ -118,6 +118,15 @@ class TopK:
         part.scores, part.rows, part.values = self.scores[:, rows], self.rows[:, rows], self.values[:, rows]
         return part
 
+    def keep(self, counts: Tensor) -> None:
+        """Forget all but the `counts` [H, R] best keys of every row."""
+        order = self.scores.sort(dim=2, descending=True, stable=True).indices
+        places = torch.arange(self.top_k, device=order.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(2, order, places)
+        lost = ranks >= counts[..., None]
+        self.scores.masked_fill_(lost, -torch.inf)
+        self.rows.masked_fill_(lost, -1)
+
     def partial(self, logit_gap: float | None = None) -> Partial:
         """Softmax over the kept keys: output [H, R, D], lse [H, R]. Drops what is `logit_gap` below the best."""
         if logit_gap is not None:

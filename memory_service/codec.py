@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from google.protobuf.message import Message
 
+from memory_service import cluster_messages as c
 from memory_service import messages as m
 from memory_service import query_messages as q
 from memory_service import verbs as v
 from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, InvalidArgument
+from memory_service.shards import Placement
 from memory_service.types import (
     MAX_GROUPS,
     Attended,
@@ -28,6 +30,7 @@ from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire import INTEGERS, from_bytes, parse, read_tensor, tensor_bytes, write_tensor
 
 SERVICE = "memory_service.v1.MemoryService"
+EPOCH = "fot-epoch"  # Metadata of a call by a client of a cluster: of the shard map it was routed by.
 PIECE_BYTES = 1 << 20
 UPLOAD_CHUNKS = f"/{SERVICE}/UploadChunks"
 LEASE_S = 600.0
@@ -86,11 +89,23 @@ class Rpc:
 
 
 def _write_create(verb: v.CreateMemory) -> Message:
-    return pb.CreateMemoryRequest(name=verb.name, spec=m.write_spec(verb.spec))
+    created_at = m.write_time(verb.created_at) if verb.created_at else None
+    return pb.CreateMemoryRequest(name=verb.name, spec=m.write_spec(verb.spec), created_at=created_at)
 
 
 def _read_create(r: pb.CreateMemoryRequest) -> v.CreateMemory:
-    return v.CreateMemory(r.name, m.read_spec(r.spec))
+    created_at = m.read_time(r.created_at) if r.HasField("created_at") else 0.0
+    return v.CreateMemory(r.name, m.read_spec(r.spec), created_at)
+
+
+def _write_get_memory(verb: v.GetMemory) -> Message:
+    return pb.GetMemoryRequest(name=verb.name, placement=c.write_placement(verb.placement))
+
+
+def _write_list_memories(verb: v.ListMemories) -> Message:
+    return pb.ListMemoriesRequest(
+        page_size=verb.page_size, page_token=verb.page_token, placement=c.write_placement(verb.placement)
+    )
 
 
 def _write_put(verb: v.PutDocument) -> Message:
@@ -104,6 +119,7 @@ def _write_put(verb: v.PutDocument) -> Message:
         fingerprint=m.write_fingerprint(verb.fingerprint),
         conflict=m.CONFLICT[verb.conflict],
         request_id=verb.request_id,
+        generation=verb.generation,
     )
     m.write_metadata(document.metadata, message.metadata)
     return message
@@ -118,7 +134,7 @@ def _read_put(r: pb.PutDocumentRequest) -> v.PutDocument:
         metadata=m.read_metadata(r.metadata),
     )
     conflict = m.read_word(m.CONFLICTS, r.conflict, "conflict")
-    return v.PutDocument(r.memory, document, m.read_fingerprint(r.fingerprint), conflict, r.request_id)
+    return v.PutDocument(r.memory, document, m.read_fingerprint(r.fingerprint), conflict, r.request_id, r.generation)
 
 
 def _write_begin(verb: v.BeginUpload) -> Message:
@@ -129,6 +145,7 @@ def _write_begin(verb: v.BeginUpload) -> Message:
         fingerprint=m.write_fingerprint(verb.fingerprint),
         conflict=m.CONFLICT[verb.conflict],
         request_id=verb.request_id,
+        generation=verb.generation,
     )
     m.write_metadata(verb.metadata, message.metadata)
     return message
@@ -143,6 +160,7 @@ def _read_begin(r: pb.BeginUploadRequest) -> v.BeginUpload:
         metadata=m.read_metadata(r.metadata),
         conflict=m.read_word(m.CONFLICTS, r.conflict, "conflict"),
         request_id=r.request_id,
+        generation=r.generation,
     )
 
 
@@ -163,12 +181,14 @@ def _read_list(r: pb.ListDocumentsRequest) -> v.ListDocuments:
 
 def _write_open_session(verb: v.OpenSession) -> Message:
     lease = m.write_duration(verb.lease_s, "lease")
-    return pb.OpenSessionRequest(memory=verb.memory, fingerprint=m.write_fingerprint(verb.fingerprint), lease=lease)
+    return pb.OpenSessionRequest(
+        memory=verb.memory, fingerprint=m.write_fingerprint(verb.fingerprint), lease=lease, session=verb.session
+    )
 
 
 def _read_open_session(r: pb.OpenSessionRequest) -> v.OpenSession:
     lease_s = m.read_duration(r.lease) if r.HasField("lease") else LEASE_S
-    return v.OpenSession(r.memory, m.read_fingerprint(r.fingerprint), lease_s)
+    return v.OpenSession(r.memory, m.read_fingerprint(r.fingerprint), lease_s, r.session)
 
 
 def _write_appends(verb: v.AppendSessions) -> Message:
@@ -192,13 +212,15 @@ def _read_start(r: pb.StartOperationRequest) -> v.StartOperation:
 
 
 def _write_attend(verb: v.Attend) -> Message:
-    message = pb.AttendRequest(memory=verb.memory, layer=verb.layer)
+    placement = c.write_placement(verb.placement)
+    message = pb.AttendRequest(memory=verb.memory, layer=verb.layer, placement=placement)
     _write_query(verb, message)
     return message
 
 
 def _write_search(verb: v.Search) -> Message:
-    message = pb.SearchRequest(memory=verb.memory, layer=verb.layer)
+    placement = c.write_placement(verb.placement)
+    message = pb.SearchRequest(memory=verb.memory, layer=verb.layer, placement=placement)
     _write_query(verb, message)
     return message
 
@@ -209,9 +231,10 @@ def _write_query(verb: v.Attend | v.Search, message: pb.AttendRequest | pb.Searc
     q.write_options(verb.options, message.options)
 
 
-def _read_query(r: Any) -> tuple[str, int, tuple[AttendGroup, ...], AttendOptions]:
+def _read_query(r: Any) -> tuple[str, int, tuple[AttendGroup, ...], AttendOptions, Placement | None]:
     m.check_count(len(r.groups), MAX_GROUPS, "groups")
-    return r.memory, r.layer, tuple(map(q.read_group, r.groups)), q.read_options(r.options)
+    groups = tuple(map(q.read_group, r.groups))
+    return r.memory, r.layer, groups, q.read_options(r.options), c.read_placement(r)
 
 
 def _write_attended(answers: tuple[Attended, ...], response: type[pb.AttendResponse]) -> Message:
@@ -314,6 +337,7 @@ _DOCUMENT = _one("document", m.write_document, m.read_document)
 _UPLOAD = _one("upload", m.write_upload, m.read_upload)
 _SESSION = _one("session", m.write_session, m.read_session)
 _OPERATION = _one("operation", m.write_operation, m.read_operation)
+_MEMBER = _Answer(lambda member, response: c.fill_member(member, response()), c.read_member)
 _NOTHING = _Answer(lambda answer, response: response(), lambda message: None)
 _MANY_SESSIONS = _Answer(
     lambda sessions, response: response(sessions=map(m.write_session, sessions)),
@@ -350,8 +374,13 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = {
     rpc.verb: rpc
     for rpc in (
         _rpc(v.CreateMemory, _MEMORY, _write_create, _read_create),
-        _rpc(v.GetMemory, _MEMORY),
-        _rpc(v.ListMemories, _page("memories", m.write_memory, m.read_memory)),
+        _rpc(v.GetMemory, _MEMORY, _write_get_memory, lambda r: v.GetMemory(r.name, c.read_placement(r))),
+        _rpc(
+            v.ListMemories,
+            _page("memories", m.write_memory, m.read_memory),
+            _write_list_memories,
+            lambda r: v.ListMemories(r.page_size, r.page_token, c.read_placement(r)),
+        ),
         _rpc(v.DeleteMemory, _NOTHING),
         _rpc(v.PutDocument, _DOCUMENT, _write_put, _read_put),
         _rpc(v.BeginUpload, _UPLOAD, _write_begin, _read_begin),
@@ -361,6 +390,7 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = {
         _rpc(v.GetDocument, _DOCUMENT),
         _rpc(v.ListDocuments, _page("documents", m.write_document, m.read_document), _write_list, _read_list),
         _rpc(v.DeleteDocument, _NOTHING),
+        _rpc(v.ListDeleted, _page("deleted", m.write_deleted, m.read_deleted)),
         _rpc(v.OpenSession, _SESSION, _write_open_session, _read_open_session),
         _rpc(v.AppendSessions, _MANY_SESSIONS, _write_appends, _read_appends),
         _rpc(v.RenewSession, _SESSION),
@@ -368,10 +398,18 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = {
         _rpc(v.Attend, _ATTENDED, _write_attend, lambda r: v.Attend(*_read_query(r))),
         _rpc(v.Search, _FOUND, _write_search, lambda r: v.Search(*_read_query(r))),
         _rpc(v.Fetch, _FETCHED, streamed=True),
-        _rpc(v.GetStats, _one("stats", m.write_stats, m.read_stats)),
+        _rpc(
+            v.GetStats,
+            _one("stats", m.write_stats, m.read_stats),
+            lambda verb: pb.GetStatsRequest(memory=verb.memory, placement=c.write_placement(verb.placement)),
+            lambda r: v.GetStats(r.memory, c.read_placement(r)),
+        ),
         _rpc(v.StartOperation, _OPERATION, _write_start, _read_start),
         _rpc(v.GetOperation, _OPERATION),
         _rpc(v.ListOperations, _page("operations", m.write_operation, m.read_operation)),
         _rpc(v.CancelOperation, _OPERATION),
+        _rpc(v.GetShardMap, _MEMBER),
+        _rpc(v.SetShardMap, _MEMBER, c.write_set_map, c.read_set_map),
+        _rpc(v.MarkBehind, _NOTHING),
     )
 }

@@ -140,6 +140,7 @@ class Commits:
                 raise AlreadyExists(
                     f"document {job.request.document!r} exists; commit with conflict REPLACE to replace it"
                 )
+            job.memory.check_newest(job.request.document, job.request.generation)
         except FotError as error:
             job.settle(None, error)
             return False
@@ -147,11 +148,14 @@ class Commits:
 
     def _commit(self, memory: LiveMemory, jobs: Sequence[Job]) -> None:
         now = time.time()
-        generation = memory.row.next_generation
-        memory.row = replace(memory.row, next_generation=generation + len(jobs))
+        generations = []
+        for job in jobs:
+            following = memory.row.next_generation
+            generations.append(job.request.generation or following)
+            memory.row = replace(memory.row, next_generation=max(following, generations[-1] + 1))
         answers = [
-            DocumentInfo(job.request.document, job.request.tokens, dict(job.request.metadata), generation + place, now)
-            for place, job in enumerate(jobs)
+            DocumentInfo(job.request.document, job.request.tokens, dict(job.request.metadata), generation, now)
+            for job, generation in zip(jobs, generations, strict=True)
         ]
         requests = [
             RequestRow(

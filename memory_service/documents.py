@@ -18,7 +18,7 @@ from memory_service.segments import SegmentFiles
 from memory_service.settings import StoreOptions
 from memory_service.staging import RamPayload, Staging
 from memory_service.tombstones import Tombstone
-from memory_service.types import Chunk, Document, DocumentInfo, MemorySpec, Page, Upload
+from memory_service.types import Chunk, Deleted, Document, DocumentInfo, MemorySpec, Page, Upload
 from memory_service.uploads import PendingUpload, Request, Uploads
 from memory_service.vfs import StorageFailed
 
@@ -45,7 +45,7 @@ class Documents:
         memory.spec.check_model(verb.fingerprint)
         one = verb.document
         _check_tensors(memory.spec, one)
-        request = Request(one.id, one.tokens, one.metadata, verb.conflict, verb.request_id)
+        request = Request(one.id, one.tokens, one.metadata, verb.conflict, verb.request_id, verb.generation)
         # The commit asks for the request id anyway; before it, only where the document is there already: the
         # catalogue is busy while others' commits are synced.
         known = self._commits.known(tenant, request) if one.id in memory.documents else None
@@ -71,7 +71,7 @@ class Documents:
     def begin(self, tenant: str, memory: LiveMemory, verb: verbs.BeginUpload) -> Upload:
         """Reserve room for a document that comes in chunks."""
         memory.spec.check_model(verb.fingerprint)
-        request = Request(verb.document, verb.tokens, verb.metadata, verb.conflict, verb.request_id)
+        request = Request(verb.document, verb.tokens, verb.metadata, verb.conflict, verb.request_id, verb.generation)
         known = self._commits.known(tenant, request)
         if known is not None:
             return PendingUpload("", tenant, memory, request, [], time.time(), known).info
@@ -120,6 +120,9 @@ class Documents:
                 if done.fingerprint != fingerprint:
                     raise InvalidArgument("this request_id was used for another request; make a new one")
                 return
+            memory.check_newest(verb.document, verb.generation, or_equal=True)
+            if verb.document not in memory.documents and verb.generation > memory.graves.get(verb.document, 0):
+                self._bury(memory, verb.document, verb.generation)
             row = memory.document(verb.document).row
             request = RequestRow(tenant, verb.request_id, "delete", memory.row.key, fingerprint, "null", time.time())
             requests = [request] if verb.request_id else []
@@ -128,8 +131,18 @@ class Documents:
             else:
                 self._catalog.tombstone(memory.row.key, [row.pk], requests)
             memory.forget(row.id)
-            if self._files is not None:
-                self._files.tombstones.add([Tombstone(memory.row.key, row.id, row.generation)])
+            self._bury(memory, row.id, max(row.generation, verb.generation))
+
+    def deleted(self, memory: LiveMemory, verb: verbs.ListDeleted) -> Page[Deleted]:
+        """A page of the deletions the memory remembers, by document id."""
+        graves = memory.graves.copy()
+        names, rest = page_of(sorted(graves), verb.page_size, verb.page_token)
+        return Page(tuple(Deleted(name, graves[name]) for name in names), rest)
+
+    def _bury(self, memory: LiveMemory, document: str, generation: int) -> None:
+        memory.graves[document] = generation
+        if self._files is not None:
+            self._files.tombstones.add([Tombstone(memory.row.key, document, generation)])
 
     def _commit(self, upload: PendingUpload) -> DocumentInfo:
         with upload.lock:

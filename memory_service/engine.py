@@ -5,7 +5,7 @@ H kv heads, G query heads, R rows of a kv head (its query heads times queries), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from memory_service.index import check_params
 from memory_service.indexed import candidates, covered, tail
 from memory_service.live_memory import LiveDocument, LiveMemory, Plan
 from memory_service.provenance import Ledger, Provenance, session_source, top_tokens
+from memory_service.recent import Found, Recent, digest
 from memory_service.scan import Arena, Chunk
 from memory_service.sessions import Session
 from memory_service.slabs import largest_norms
@@ -39,6 +40,7 @@ from memory_service.types import (
     TopTokens,
     is_finite,
 )
+from memory_service.verbs import Attend
 
 _COLD_BYTES = 32 << 20  # Keys and values of cold documents looked at together.
 _WORTH_INDEXING = 50_000  # Tokens in scope below which `AUTO` scans exactly.
@@ -60,6 +62,7 @@ class _Family:
     plan: Plan
     members: tuple[_Member, ...]
     queries: Tensor  # [H, R of all members, D], scaled
+    counts: Tensor | None = None  # [H, R of all members], how many of the best take part; None: all of the top k
 
 
 def check_groups(spec: MemorySpec, groups: Sequence[AttendGroup], options: AttendOptions) -> None:
@@ -79,36 +82,51 @@ def check_groups(spec: MemorySpec, groups: Sequence[AttendGroup], options: Atten
             raise InvalidArgument(f"{shape[0]} heads × {shape[1]} queries exceed {MAX_QUERIES} rows; split the call")
         if not group.queries.is_floating_point() or not is_finite(group.queries):
             raise InvalidArgument("queries must be floating point and hold no NaN or infinity")
+        _check_share(group, options)
+
+
+def _check_share(group: AttendGroup, options: AttendOptions) -> None:
+    """Raise InvalidArgument unless what a group says of its part in a larger whole fits its queries and options."""
+    shape = group.queries.shape[:2]
+    if group.counts is not None:
+        if group.counts.shape != shape or not options.top_k:
+            raise InvalidArgument(f"counts must be {list(shape)} like the queries, and need top_k ≥ 1")
+        if not 0 <= int(group.counts.min()) <= int(group.counts.max()) <= options.top_k:
+            raise InvalidArgument(f"counts must be 0 to top_k, which is {options.top_k}")
+    if group.lse is not None:
+        if group.lse.shape != shape or options.top_k or not options.attribution:
+            raise InvalidArgument(f"lse must be {list(shape)} like the queries, and needs attribution and top_k 0")
+        if bool(group.lse.isnan().any()) or bool((group.lse == torch.inf).any()):
+            raise InvalidArgument("lse must be finite, or −inf where nothing is in scope")
 
 
 def attend(
     memory: LiveMemory,
     sessions: Mapping[str, Session],
     layer: int,
-    groups: Sequence[AttendGroup],
-    options: AttendOptions,
+    verb: Attend,
     arena: Arena,
     device: torch.device,
     cancel: Cancel,
+    recent: Recent,
 ) -> tuple[Attended, ...]:
     """Attention of checked groups at a layer (by index). Call it inside `memory.reading()`."""
-    answers: list[Attended | None] = [None] * len(groups)
-    for family in _families(memory, groups, options, device):
-        call = _Call(memory, sessions, layer, family, options, arena, cancel)
+    answers: list[Attended | None] = [None] * len(verb.groups)
+    for family in _families(memory, verb, device):
+        # Who says which documents it takes this memory for joins its answer with others', and asks a second time.
+        call = _Call(memory, sessions, layer, family, verb, arena, cancel, recent if verb.placement else None)
         for member, answer in call.answers():
             answers[member.number] = answer
     return tuple(answer for answer in answers if answer is not None)
 
 
-def _families(
-    memory: LiveMemory, groups: Sequence[AttendGroup], options: AttendOptions, device: torch.device
-) -> Iterator[_Family]:
-    spec = memory.spec
+def _families(memory: LiveMemory, verb: Attend, device: torch.device) -> Iterator[_Family]:
+    spec, options = memory.spec, verb.options
     scale = spec.head_dim**-0.5 if options.scale is None else options.scale
-    alike: dict[tuple[tuple[str, ...] | None, Filter | None], list[tuple[int, AttendGroup]]] = {}
-    for number, group in enumerate(groups):
-        alike.setdefault((group.scope.documents, group.scope.where), []).append((number, group))
-    for (documents, where), numbered in alike.items():
+    alike: dict[tuple[tuple[str, ...] | None, Filter | None, bool], list[tuple[int, AttendGroup]]] = {}
+    for number, group in enumerate(verb.groups):
+        alike.setdefault((group.scope.documents, group.scope.where, group.lse is None), []).append((number, group))
+    for (documents, where, _), numbered in alike.items():
         members: list[_Member] = []
         queries: list[Tensor] = []
         done = 0
@@ -118,7 +136,15 @@ def _families(
             queries.append(rows)
             done += rows.shape[1]
         together = torch.cat(queries, dim=1) if len(queries) > 1 else queries[0]
-        yield _Family(memory.plan(documents, where), tuple(members), together)
+        counts = _counts([group for _, group in numbered], spec.kv_heads, options.top_k, device)
+        yield _Family(memory.plan(documents, where, verb.placement), tuple(members), together, counts)
+
+
+def _counts(groups: Sequence[AttendGroup], kv_heads: int, top_k: int, device: torch.device) -> Tensor | None:
+    if all(group.counts is None for group in groups):
+        return None
+    full = [torch.full(group.queries.shape[:2], top_k) if group.counts is None else group.counts for group in groups]
+    return torch.cat([one.to(device, torch.int64).reshape(kv_heads, -1) for one in full], dim=1)
 
 
 class _Call:
@@ -130,12 +156,14 @@ class _Call:
         sessions: Mapping[str, Session],
         layer: int,
         family: _Family,
-        options: AttendOptions,
+        verb: Attend,
         arena: Arena,
         cancel: Cancel,
+        recent: Recent | None,
     ):
         self.memory, self.sessions, self.layer, self.family = memory, sessions, layer, family
-        self.options, self.arena, self.cancel = options, arena, cancel
+        self.options, self.placement, self.arena, self.cancel = verb.options, verb.placement, arena, cancel
+        self.recent = recent
         self.provenance = Provenance()
         # Read once: sessions grow meanwhile, and every pass must see the same tokens.
         self.lengths = {name: session.tokens[layer] for name, session in sessions.items()}
@@ -144,11 +172,24 @@ class _Call:
         """The answer of every member."""
         if not self.options.top_k:
             dense = Dense(self.family.queries, self.arena, self.cancel)
+            if self.family.members[0].group.lse is not None:
+                yield from ((member, self._share(dense.narrow(member.rows), member)) for member in self.family.members)
+                return
             self._feed(dense, self.family.plan)
             partial = dense.partial()
             for member in self.family.members:
                 yield member, self._dense_answer(dense.narrow(member.rows), member, _rows(partial, member.rows))
             return
+        best, name = self._again() or self._found()
+        if self.family.counts is not None:
+            best.keep(self.family.counts)
+        partial = best.partial(self.options.logit_gap)
+        exact = self._exact() if self.options.measure else None
+        for member in self.family.members:
+            yield member, self._best_answer(best.narrow(member.rows), member, _rows(partial, member.rows), name, exact)
+
+    def _found(self) -> tuple[TopK, str]:
+        """The best keys, and who picked them."""
         plan = self.family.plan
         best = TopK(self.family.queries, self.options.top_k, self.arena, self.cancel)
         name = self._choose(plan)
@@ -164,10 +205,35 @@ class _Call:
             rest = tail(self.memory, plan)
             self._feed(best, rest)
             name += "+exact" if rest.tokens or any(m.group.scope.sessions for m in self.family.members) else ""
-        partial = best.partial(self.options.logit_gap)
-        exact = self._exact() if self.options.measure else None
-        for member in self.family.members:
-            yield member, self._best_answer(best.narrow(member.rows), member, _rows(partial, member.rows), name, exact)
+        if self.recent is not None and self.family.counts is None:
+            for member in self.family.members:
+                part = best.narrow(member.rows)
+                found = Found(part.scores.clone(), part.rows.clone(), part.values.clone(), self.provenance, name)
+                self.recent.keep(self._key(member), found)
+        return best, name
+
+    def _again(self) -> tuple[TopK, str] | None:
+        """What the same question found a moment ago, if nothing changed since."""
+        if self.recent is None or self.family.counts is None:
+            return None
+        found = [self.recent.take(self._key(member)) for member in self.family.members]
+        first = found[0]
+        if first is None or any(one is None or one.provenance is not first.provenance for one in found):
+            return None
+        known = [one for one in found if one is not None]
+        best = TopK(self.family.queries, self.options.top_k, self.arena, self.cancel)
+        best.scores = torch.cat([one.scores for one in known], dim=1)
+        best.rows = torch.cat([one.rows for one in known], dim=1)
+        best.values = torch.cat([one.values for one in known], dim=1)
+        self.provenance = first.provenance
+        return best, first.name
+
+    def _key(self, member: _Member) -> Hashable:
+        """Equal for equal questions to the same state of the memory."""
+        scope, options = member.group.scope, self.options
+        where = (self.memory.row.key, self.memory.version, self.layer, self.placement, scope.documents, scope.where)
+        how = (options.top_k, options.engine, options.scale, tuple(sorted(options.search.items())))
+        return (where, tuple(sorted(self._seen(member).items())), how, digest(member.group.queries))
 
     def _choose(self, plan: Plan) -> str:
         """Who picks the keys: "exact", or "index:" and the factories."""
@@ -277,13 +343,26 @@ class _Call:
     def _dense_answer(self, dense: Dense, member: _Member, partial: Partial) -> Attended:
         attribution = None
         if self.options.attribution:
-            ledger = Ledger(self.provenance)
-            for chunks in (self._document_chunks(self.family.plan), self._session_chunks(member)):
-                for chunk in chunks:
-                    rows = chunk.rows(torch.arange(chunk.size, device=dense.queries.device))
-                    ledger.add(rows + chunk.base, dense.mass(chunk, partial.lse))
-            attribution = ledger.attribution()
+            attribution = self._weigh(dense, member, partial.lse).attribution()
         return self._answer(member, partial, "dense", None, attribution)
+
+    def _share(self, dense: Dense, member: _Member) -> Attended:
+        """Only the masses, of a whole whose denominator the caller knows."""
+        assert member.group.lse is not None
+        heads = self.memory.spec.kv_heads
+        lse = member.group.lse.to(dense.queries.device).reshape(heads, -1)
+        # A row that sees nothing anywhere gives no mass to what was written since.
+        ledger = self._weigh(dense, member, lse.masked_fill(lse == -torch.inf, torch.inf))
+        partial = Partial(torch.zeros_like(dense.queries), lse)
+        return self._answer(member, partial, "dense", None, ledger.means(lse.numel()))
+
+    def _weigh(self, dense: Dense, member: _Member, lse: Tensor) -> Ledger:
+        ledger = Ledger(self.provenance)
+        for chunks in (self._document_chunks(self.family.plan), self._session_chunks(member)):
+            for chunk in chunks:
+                rows = chunk.rows(torch.arange(chunk.size, device=dense.queries.device))
+                ledger.add(rows + chunk.base, dense.mass(chunk, lse))
+        return ledger
 
     def _best_answer(self, best: TopK, member: _Member, partial: Partial, name: str, exact: TopK | None) -> Attended:
         heads = member.group.queries.shape[0]

@@ -6,7 +6,9 @@ FotError
 │   └── SessionExpired   the session's lease ran out, or the service restarted
 ├── AlreadyExists
 ├── FailedPrecondition   the call is well formed but the memory's state refuses it
-│   └── WrongModel       keys and values of another model
+│   ├── WrongModel       keys and values of another model
+│   ├── Superseded       the memory knows a newer state of the document
+│   └── StaleMap         the cluster's shard map has changed; clients of clusters fetch the new one by themselves
 ├── ResourceExhausted    try again later, or make the request smaller; `retry_after_s` says when
 │   └── QuotaExceeded    a limit of the tenant; waiting does not help
 ├── Unauthenticated
@@ -71,6 +73,18 @@ class WrongModel(FailedPrecondition):
     """Keys and values of another model than the memory's."""
 
     reason = "WRONG_MODEL"
+
+
+class Superseded(FailedPrecondition):
+    """The memory knows a newer state of the document than the call carries; `metadata["generation"]` says which."""
+
+    reason = "SUPERSEDED"
+
+
+class StaleMap(FailedPrecondition):
+    """The call was routed by an old shard map; `metadata["epoch"]` says which one holds."""
+
+    reason = "STALE_MAP"
 
 
 class ResourceExhausted(FotError):

@@ -6,7 +6,9 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,10 +17,11 @@ import grpc
 from grpc import aio
 
 from memory_service.auth import EVERYONE, TokenFile
-from memory_service.codec import SERVICE
+from memory_service.codec import EPOCH, SERVICE
 from memory_service.errors import (
     FotError,
     Internal,
+    InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
     Unauthenticated,
@@ -59,6 +62,7 @@ POLICY: Mapping[str, Role | None] = {
     _OURS + "GetDocument": Role.READ,
     _OURS + "ListDocuments": Role.READ,
     _OURS + "DeleteDocument": Role.WRITE,
+    _OURS + "ListDeleted": Role.WRITE,
     _OURS + "OpenSession": Role.READ,
     _OURS + "AppendSessions": Role.READ,
     _OURS + "RenewSession": Role.READ,
@@ -71,7 +75,20 @@ POLICY: Mapping[str, Role | None] = {
     _OURS + "GetOperation": Role.READ,
     _OURS + "ListOperations": Role.READ,
     _OURS + "CancelOperation": Role.ADMIN,
+    _OURS + "GetShardMap": Role.READ,
+    _OURS + "SetShardMap": Role.ADMIN,
+    _OURS + "MarkBehind": Role.WRITE,
 }
+
+
+_READS = frozenset(
+    _OURS + name
+    for name in ("GetMemory", "ListMemories", "GetDocument", "ListDocuments", "Attend", "Search", "Fetch", "GetStats")
+)
+_CHANGES = frozenset(
+    _OURS + name for name in ("PutDocument", "CommitUpload", "DeleteDocument", "CreateMemory", "DeleteMemory")
+)
+_SET_MAP = _OURS + "SetShardMap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +105,17 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
     Refusals are decided before the request is received, so strangers cannot make the service read anything.
     """
 
-    def __init__(self, tokens: TokenFile | None, most_calls: int, metrics: Metrics):
+    def __init__(
+        self,
+        tokens: TokenFile | None,
+        most_calls: int,
+        metrics: Metrics,
+        check_epoch: Callable[[int, bool], None] = lambda epoch, reads: None,
+    ):
+        """`check_epoch` is told the epoch a call carries, and whether it only reads; it raises what refuses it."""
         self.draining = False
+        self._check_epoch = check_epoch
+        self._changes = _Changes()
         self._tokens = tokens
         self._most_calls = most_calls
         self.metrics = metrics
@@ -110,7 +136,8 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
         except FotError as error:
             event(logging.INFO, "refused", method=method, reason=error.code)
             return self._refusing(method, error)
-        return self._letting(method, handler, identity)
+        epoch = next((value for key, value in handler_call_details.invocation_metadata or () if key == EPOCH), "")
+        return self._letting(method, handler, identity, str(epoch))
 
     def _admit(self, method: str, metadata: Any) -> Identity:
         if method not in POLICY:
@@ -143,7 +170,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
             raise Unauthenticated("the service cannot read its tokens; nobody is let in until it can") from None
 
     def _letting(
-        self, method: str, handler: grpc.RpcMethodHandler[Any, Any], identity: Identity
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any], identity: Identity, epoch: str
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler with its errors turned into statuses; of the same kind as the bare one."""
         bare, make = _KINDS[handler.request_streaming, handler.response_streaming](handler)
@@ -151,7 +178,16 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
 
         async def answer(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             async with _Watched(self, method, context):
-                return await bare(request, Call(identity, context) if ours else context)
+                if epoch:
+                    self._check_epoch(_number(epoch), method in _READS)
+                if method not in _CHANGES:
+                    answer = await bare(request, Call(identity, context) if ours else context)
+                    if method == _SET_MAP:
+                        await self._changes.settle()
+                    return answer
+                # Nothing is awaited since the epoch was checked: a map told after that waits for this change.
+                with self._changes.under_way():
+                    return await bare(request, Call(identity, context))
 
         async def generate(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             async with _Watched(self, method, context):
@@ -168,6 +204,38 @@ class Guard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its 
 
         # Whatever the call's kind: as a stream it is ended without reading what it sent.
         return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _number(epoch: str) -> int:
+    if not epoch.isdecimal() or len(epoch) > 18:
+        raise InvalidArgument(f"{EPOCH} must be a whole number")
+    return int(epoch)
+
+
+class _Changes:
+    """Changes of documents under way, so that one can wait for all that began before."""
+
+    def __init__(self) -> None:
+        self._era = 0
+        self._count: Counter[int] = Counter()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        era = self._era
+        self._count[era] += 1
+        try:
+            yield
+        finally:
+            self._count[era] -= 1
+            if not self._count[era]:
+                del self._count[era]
+
+    async def settle(self) -> None:
+        """Return once all changes that are under way now have ended."""
+        self._era += 1
+        era = self._era
+        while any(one < era for one in self._count):
+            await asyncio.sleep(0.002)
 
 
 class _Watched:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from memory_service.catalog import DocumentRow, MemoryRow
-from memory_service.errors import Cancelled, NotFound
+from memory_service.errors import Cancelled, NotFound, Superseded
 from memory_service.index import IndexUnit
 from memory_service.parts import SegmentRef
 from memory_service.residency import Residency
 from memory_service.segments import SegmentFiles
+from memory_service.shards import Placement
 from memory_service.slabs import Run, Slab, join, read_spans, slab_rows
 from memory_service.types import Cancel, DocumentInfo, Filter, MemoryInfo, MemorySpec
 
@@ -60,6 +61,8 @@ class LiveMemory:
         self.row = row
         self.files = files
         self.documents: dict[str, LiveDocument] = {}
+        self.graves: dict[str, int] = {}  # Of deleted documents: the last generation that is dead.
+        self._owned: dict[Placement, dict[str, bool]] = {}  # Hashing every id for every plan would take its time.
         self.segments: dict[int, SegmentRef] = {}
         self._retiring: dict[int, SegmentRef] = {}  # Compacted, but known to a reader.
         self.slabs: list[Slab] = []
@@ -75,7 +78,7 @@ class LiveMemory:
         self._charged = 0  # Of the residency budget.
         self._state = threading.Lock()  # Held for moments only.
         self._version = 0
-        self._plans: OrderedDict[tuple[tuple[str, ...] | None, Filter | None], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
         self._readers: dict[int, int] = {}
         self._retired: list[tuple[int, Callable[[], None]]] = []
         self._slab_rows = slab_rows(row.spec, max(residency.budget // 8, 1 << 20) if files else 1 << 40)
@@ -114,6 +117,29 @@ class LiveMemory:
         except KeyError:
             raise NotFound(f"memory {self.row.name!r} has no document {name!r}") from None
 
+    def check_newest(self, document: str, generation: int, or_equal: bool = False) -> None:
+        """Raise Superseded if a state of the document is known that `generation` (0: none was given) cannot follow."""
+        if not generation:
+            return
+        known = self.documents.get(document)
+        alive = known.row.generation if known else 0
+        dead = self.graves.get(document, 0)
+        newest = alive if or_equal else max(alive, dead)
+        if generation < newest or (generation == newest and not or_equal):
+            raise Superseded(
+                f"document {document!r} has a newer state than the one written; write again if it should replace that",
+                generation=str(newest),
+            )
+
+    def held(self, placement: Placement | None) -> MemoryInfo:
+        """What is here, of what the placement owns."""
+        if placement is None:
+            return self.info
+        rows = [one.row for one in self._chosen(placement)]
+        tokens = sum(row.tokens for row in rows)
+        nbytes = sum(self.stored_bytes(row.tokens) for row in rows)
+        return replace(self.info, documents=len(rows), tokens=tokens, bytes=nbytes)
+
     # --- Readers ----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -131,22 +157,40 @@ class LiveMemory:
                     del self._readers[version]
             self._release()
 
-    def plan(self, documents: tuple[str, ...] | None, where: Filter | None) -> Plan:
-        """What the scope means now. NotFound if a document named in it does not exist."""
+    def plan(self, documents: tuple[str, ...] | None, where: Filter | None, placement: Placement | None = None) -> Plan:
+        """What the scope means now. NotFound if a document named in it does not exist.
+
+        Of documents the scope does not name, `placement` leaves those it owns.
+        """
+        key = (documents, where, placement)
         with self._state:
-            plan = self._plans.get((documents, where))
+            plan = self._plans.get(key)
             if plan is not None:
-                self._plans.move_to_end((documents, where))
+                self._plans.move_to_end(key)
                 return plan
-            plan = self._make_plan(documents, where)
-            self._plans[documents, where] = plan
+            plan = self._make_plan(documents, where, placement)
+            self._plans[key] = plan
             if len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
             return plan
 
-    def _make_plan(self, names: tuple[str, ...] | None, where: Filter | None) -> Plan:
+    def _chosen(self, placement: Placement | None) -> list[LiveDocument]:
+        documents = self.documents.copy()
+        if placement is None:
+            return list(documents.values())
+        owned = self._owned.get(placement, {})
+        if len(owned) > 2 * len(documents) + 1000:
+            owned = {}  # Mostly of documents that are gone.
+        fresh = {name: placement.owns(self.row.name, name) for name in documents if name not in owned}
+        # Replaced, not changed: readers of other scopes look at it. Two layouts hold while documents move.
+        known = {other: kept for other, kept in self._owned.items() if other != placement}
+        owned = owned | fresh
+        self._owned = {**dict(list(known.items())[-3:]), placement: owned}
+        return [document for name, document in documents.items() if owned[name]]
+
+    def _make_plan(self, names: tuple[str, ...] | None, where: Filter | None, placement: Placement | None) -> Plan:
         if names is None:
-            chosen = list(self.documents.values())
+            chosen = self._chosen(placement)
         else:
             chosen = [self.document(name) for name in dict.fromkeys(names)]
         if where is not None:

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from memory_service.errors import InvalidArgument
 from memory_service.types import (
     Conflict,
+    Deleted,
     DocumentInfo,
     DType,
     Fingerprint,
@@ -213,6 +214,14 @@ def write_document(document: DocumentInfo) -> pb.Document:
 def read_document(message: pb.Document) -> DocumentInfo:
     metadata, committed_at = read_metadata(message.metadata), read_time(message.committed_at)
     return DocumentInfo(message.id, message.tokens, metadata, message.generation, committed_at)
+
+
+def write_deleted(deleted: Deleted) -> pb.Deleted:
+    return pb.Deleted(id=deleted.id, generation=deleted.generation)
+
+
+def read_deleted(message: pb.Deleted) -> Deleted:
+    return Deleted(message.id, message.generation)
 
 
 def write_upload(upload: Upload) -> pb.Upload:

@@ -75,9 +75,7 @@ def cut_attend(verb: Asked, limit: int = PIECE_BYTES) -> tuple[list[list[Piece]]
     return messages, [
         replace(
             verb,
-            groups=tuple(
-                replace(verb.groups[p.item], queries=verb.groups[p.item].queries[:, p.first : p.stop]) for p in pieces
-            ),
+            groups=tuple(_cut_group(verb.groups[piece.item], piece) for piece in pieces),
         )
         for pieces in messages
     ]
@@ -114,6 +112,16 @@ def join_appends(messages: list[list[Piece]], answers: Sequence[tuple[SessionInf
         for piece, info in zip(pieces, infos, strict=True)
     }
     return tuple(last[item] for item in sorted(last))
+
+
+def _cut_group(group: AttendGroup, piece: Piece) -> AttendGroup:
+    run = slice(piece.first, piece.stop)
+    return replace(
+        group,
+        queries=group.queries[:, run],
+        counts=None if group.counts is None else group.counts[:, run],
+        lse=None if group.lse is None else group.lse[:, run],
+    )
 
 
 def _queries(group: AttendGroup) -> int:

@@ -55,7 +55,7 @@ class Provenance:
 
 def top_tokens(provenance: Provenance, scores: Tensor, rows: Tensor, lse: Tensor, heads: int) -> TopTokens:
     """The kept keys of [H, R, K], best first, as [G, Q, K] of `heads` query heads."""
-    order = scores.argsort(2, descending=True)
+    order = scores.argsort(dim=2, descending=True, stable=True)
     scores = scores.gather(2, order)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     source, offset, names = provenance.sources(rows.gather(2, order).cpu().numpy())
@@ -83,6 +83,11 @@ class Ledger:
         sums = np.bincount(source[source >= 0], weights[source >= 0], minlength=len(names))
         for name, value in zip(names, sums, strict=True):
             self._mass[name] = self._mass.get(name, 0.0) + float(value)
+
+    def means(self, rows: int, limit: int = 1000) -> tuple[Attribution, ...]:
+        """Mass by source over that many rows, the largest first, as it is."""
+        ranked = sorted(self._mass.items(), key=lambda item: -item[1])[:limit]
+        return tuple(Attribution(source, mass / rows) for source, mass in ranked if mass > 0)
 
     def attribution(self, limit: int = 1000) -> tuple[Attribution, ...]:
         """Mean mass by source, the largest first. Sums to 1 (unless there was nothing, or more than `limit`)."""

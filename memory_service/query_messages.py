@@ -109,7 +109,7 @@ def write_scope(scope: Scope, message: pb.Scope) -> None:
     if scope.where is not None:
         message.where.CopyFrom(write_filter(scope.where))
     for one in scope.sessions:
-        message.sessions.add(id=one.id, until=one.until)
+        message.sessions.add(id=one.id, until=one.until, at_least=one.at_least)
 
 
 def read_scope(message: pb.Scope) -> Scope:
@@ -117,8 +117,12 @@ def read_scope(message: pb.Scope) -> Scope:
     return Scope(
         documents=tuple(message.documents.ids) if message.HasField("documents") else None,
         where=read_filter(message.where) if message.HasField("where") else None,
-        sessions=tuple(SessionScope(one.id, one.until if one.HasField("until") else None) for one in message.sessions),
+        sessions=tuple(map(_read_session_scope, message.sessions)),
     )
+
+
+def _read_session_scope(message: pb.SessionScope) -> SessionScope:
+    return SessionScope(message.id, message.until if message.HasField("until") else None, message.at_least)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
@@ -171,11 +175,20 @@ def write_group(group: AttendGroup, message: pb.AttendGroup) -> None:
     """Fill a part of a message."""
     write_scope(group.scope, message.scope)
     write_tensor(group.queries, message.queries)
+    if group.counts is not None:
+        write_tensor(group.counts, message.counts)
+    if group.lse is not None:
+        write_tensor(group.lse, message.lse)
 
 
 def read_group(message: pb.AttendGroup) -> AttendGroup:
     scope = read_scope(message.scope) if message.HasField("scope") else _EVERYTHING
-    return AttendGroup(scope, read_tensor(message.queries, "queries", "[G, Q, D]"))
+    counts = lse = None
+    if message.HasField("counts"):
+        counts = read_tensor(message.counts, "counts", "[G, Q]", (torch.int32,))
+    if message.HasField("lse"):
+        lse = read_tensor(message.lse, "lse", "[G, Q]", (torch.float32,))
+    return AttendGroup(scope, read_tensor(message.queries, "queries", "[G, Q, D]"), counts, lse)
 
 
 def write_top_tokens(tokens: TopTokens, message: pb.TopTokens) -> None:

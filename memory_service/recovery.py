@@ -16,9 +16,11 @@ from memory_service.catalog import Catalog, MemoryRow, SegmentRow
 from memory_service.errors import DataLoss, Internal
 from memory_service.parts import SegmentRef
 from memory_service.segments import SegmentFiles
+from memory_service.shards import stamp_at
 from memory_service.tombstones import EVERYTHING, Tombstone
 from memory_service.vfs import Vfs
 
+REPLICA_DAYS = 10.0  # How long a deletion is remembered for replicas that were down.
 SPARE_TOMBSTONES = 10_000  # Lines no segment needs any more, before the log is rewritten without them.
 
 
@@ -189,4 +191,7 @@ def _trim_tombstones(catalog: Catalog, files: SegmentFiles) -> None:
     dead = {(key, document) for key in keys for document, _ in catalog.dead_documents(key)}
     entries = files.tombstones.entries
     if len(entries) > len(dead) + SPARE_TOMBSTONES:
-        files.tombstones.rewrite(Tombstone(*name, entries[name]) for name in dead if name in entries)
+        # What was stamped lately may still be alive in a replica that was down.
+        recent = stamp_at(time.time() - REPLICA_DAYS * 86_400)
+        late = {name for name, generation in entries.items() if generation > recent and name[0] in set(keys)}
+        files.tombstones.rewrite(Tombstone(*name, entries[name]) for name in dead | late if name in entries)

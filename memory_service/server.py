@@ -43,6 +43,8 @@ class ServedStore(AnyStore, Protocol):
     @property
     def read_only_reason(self) -> str | None: ...
 
+    def check_epoch(self, epoch: int, reads: bool) -> None: ...
+
 
 class Server:
     """A gRPC server over a store. It does not own the store: close that after `stop`."""
@@ -58,7 +60,7 @@ class Server:
         tokens = TokenFile(settings.tokens) if settings.tokens else None
         key = tokens.page_key if tokens else secrets.token_bytes(32)
         self._service = Service(store, settings, PageTokens(key), self._metrics)
-        self._guard = Guard(tokens, settings.calls, self._metrics)
+        self._guard = Guard(tokens, settings.calls, self._metrics, store.check_epoch)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub lacks it
         self._closing = ExitStack()
 

@@ -31,6 +31,7 @@ from memory_service.verbs import (
     DeleteDocument,
     DeleteMemory,
     GetUpload,
+    ListDeleted,
     ListDocuments,
     ListMemories,
     ListOperations,
@@ -48,7 +49,7 @@ CHUNK_BYTES = 1 << 20
 _MESSAGE_MARGIN = 64 << 10  # Of an answer, beside its tensors.
 _ATTEND = (Attend, Search, AppendSessions, OpenSession, RenewSession, CloseSession)
 _INGEST = (PutDocument, BeginUpload, GetUpload, CommitUpload, AbortUpload, DeleteDocument, CreateMemory, DeleteMemory)
-_LISTINGS = (ListMemories, ListDocuments, ListOperations)
+_LISTINGS = (ListMemories, ListDocuments, ListDeleted, ListOperations)
 
 
 class AnyStore(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
@@ -14,14 +15,23 @@ from memory_service.settings import StoreOptions
 from memory_service.slabs import Run, Slab, clip, slab_rows
 from memory_service.types import MemorySpec, SessionAppend, SessionInfo, is_finite
 
+_NAME = re.compile(r"[A-Za-z0-9._-]{16,128}")
+
 
 class Session:
     """Tokens of one session, every layer at its own length. One writer at a time, readers take no lock."""
 
     def __init__(
-        self, tenant: str, memory: str, memory_key: str, spec: MemorySpec, lease_s: float, device: torch.device
+        self,
+        tenant: str,
+        memory: str,
+        memory_key: str,
+        spec: MemorySpec,
+        lease_s: float,
+        device: torch.device,
+        name: str = "",
     ):
-        self.id = secrets.token_urlsafe(18)  # Unguessable: who knows it owns it.
+        self.id = name or secrets.token_urlsafe(18)  # Unguessable: who knows it owns it.
         self.tenant = tenant
         self.memory = memory
         self.memory_key = memory_key
@@ -131,13 +141,26 @@ class Sessions:
         self._open: dict[str, Session] = {}
         self._reserved = 0  # Bytes of appends under way.
 
-    def open(self, tenant: str, memory: str, memory_key: str, spec: MemorySpec, lease_s: float) -> Session:
-        """Open a session; QuotaExceeded if the tenant has too many."""
+    def open(
+        self, tenant: str, memory: str, memory_key: str, spec: MemorySpec, lease_s: float, name: str = ""
+    ) -> Session:
+        """Open a session, under a name of the caller's own if there is one; QuotaExceeded if the tenant has too many.
+
+        The same name again gives the same session, so that several processes can each be asked for it.
+        """
+        if name and not _NAME.fullmatch(name):
+            raise InvalidArgument("a session's id is 16 to 128 letters, digits, '.', '_' or '-'")
         if not 1.0 <= lease_s <= self._options.max_lease_s:
             raise InvalidArgument(f"lease_s must be 1 to {self._options.max_lease_s:g} seconds, got {lease_s:g}")
-        session = Session(tenant, memory, memory_key, spec, lease_s, self._device)
+        session = Session(tenant, memory, memory_key, spec, lease_s, self._device, name)
         with self._lock:
             self._expire()
+            known = self._open.get(session.id)
+            if known is not None:
+                if known.tenant != tenant or known.memory_key != memory_key:
+                    raise InvalidArgument("this session id is taken; make another")
+                known.renew()
+                return known
             if sum(one.tenant == tenant for one in self._open.values()) >= self._options.tenant_sessions:
                 raise QuotaExceeded(
                     f"the tenant has {self._options.tenant_sessions} open sessions, which is its limit; close some"

@@ -28,15 +28,18 @@ from memory_service.errors import (
     InvalidArgument,
     NotFound,
     QuotaExceeded,
+    SessionExpired,
     Unavailable,
 )
 from memory_service.index import check_factory
 from memory_service.live_memory import LiveMemory
+from memory_service.membership import Membership
 from memory_service.memory_file import MemoryFile
 from memory_service.operations import Operations, Work
 from memory_service.paging import page_of, page_size
 from memory_service.pieces import cut_attend, join_attended
 from memory_service.provenance import session_source
+from memory_service.recent import Recent
 from memory_service.recovery import recover
 from memory_service.residency import Residency
 from memory_service.scan import Arena
@@ -91,10 +94,12 @@ class Store:
         self._memories: dict[tuple[str, str], LiveMemory] = {}
         self._residency = Residency(options.resident_bytes)
         self._sessions = Sessions(options, self._device)
+        self.membership = Membership(root, vfs)
         self._documents = Documents(catalog, files, options, self._tenant_bytes, self._storage_failed)
         self._operations = Operations(catalog, self._storage_failed)
         self._upkeep = Upkeep(catalog, files, vfs, root)
         self._arenas = threading.local()
+        self._recent = Recent()
         self._closing = threading.Event()
         self._handlers: dict[type[Verb[Any]], Callable[..., Any]] = {
             verbs.CreateMemory: self._create_memory,
@@ -109,6 +114,7 @@ class Store:
             verbs.GetDocument: lambda t, v, _: self._memory(t, v.memory).document(v.document).info,
             verbs.ListDocuments: lambda t, v, _: self._documents.list(self._memory(t, v.memory), v),
             verbs.DeleteDocument: lambda t, v, _: self._documents.delete(t, self._memory(t, v.memory), v),
+            verbs.ListDeleted: lambda t, v, _: self._documents.deleted(self._memory(t, v.memory), v),
             verbs.OpenSession: self._open_session,
             verbs.AppendSessions: self._append_sessions,
             verbs.RenewSession: self._renew_session,
@@ -121,6 +127,9 @@ class Store:
             verbs.GetOperation: self._get_operation,
             verbs.ListOperations: self._list_operations,
             verbs.CancelOperation: self._cancel_operation,
+            verbs.GetShardMap: lambda t, v, _: self.membership.member,
+            verbs.SetShardMap: lambda t, v, _: self.membership.set(v),
+            verbs.MarkBehind: lambda t, v, _: self.membership.mark_behind(v.missed),
         }
         chores = (self._documents.expire, self._sessions.expire, self._prune)
         self._background = Background(
@@ -194,6 +203,9 @@ class Store:
             deleted = [number for (key, _), number in self._files.tombstones.entries.items() if key == row.key]
             row = replace(row, next_generation=max([row.next_generation, *(number + 1 for number in deleted)]))
         memory = LiveMemory(row, self._files, self._residency, self._device)
+        if self._files is not None:
+            entries = self._files.tombstones.entries.items()
+            memory.graves.update((name, number) for (key, name), number in entries if key == row.key)
         segments = [(one.pk, one.ref) for one in self._catalog.segments(row.key)]
         memory.publish(self._catalog.documents(row.key), segments)
         self._upkeep.load_indexes(memory)
@@ -245,6 +257,10 @@ class Store:
             self._storage_failed(error)
             raise
 
+    def check_epoch(self, epoch: int, reads: bool) -> None:
+        """Raise StaleMap if a call was routed by an older shard map, Unavailable if it must not be answered here."""
+        self.membership.check(epoch, reads)
+
     def estimate(self, identity: Identity, verb: Verb[Any]) -> int:
         """Bytes of working memory a verb will need; cheap, never raises."""
         if isinstance(verb, verbs.Attend | verbs.Search):
@@ -274,7 +290,8 @@ class Store:
                 return known.info
             if sum(owner == tenant for owner, _ in self._memories) >= self.options.tenant_memories:
                 raise QuotaExceeded(f"the tenant has {self.options.tenant_memories} memories, which is its limit")
-            row = MemoryRow(secrets.token_hex(16), tenant, verb.name, verb.spec, time.time(), 1)
+            created_at = verb.created_at or time.time()
+            row = MemoryRow(secrets.token_hex(16), tenant, verb.name, verb.spec, created_at, 1)
             if self._files is not None:
                 self._files.create_memory(row.key, MemoryFile(tenant, row.name, row.spec, row.created_at))
             self._catalog.create_memory(row)
@@ -282,13 +299,13 @@ class Store:
             return memory.info
 
     def _get_memory(self, tenant: str, verb: verbs.GetMemory, _: Cancel) -> MemoryInfo:
-        return self._memory(tenant, verb.name).info
+        return self._memory(tenant, verb.name).held(verb.placement)
 
     def _list_memories(self, tenant: str, verb: verbs.ListMemories, _: Cancel) -> Page[MemoryInfo]:
         with self._lock:
             mine = sorted(name for owner, name in self._memories if owner == tenant)
             names, rest = page_of(mine, verb.page_size, verb.page_token)
-            return Page(tuple(self._memories[tenant, name].info for name in names), rest)
+            return Page(tuple(self._memories[tenant, name].held(verb.placement) for name in names), rest)
 
     def _delete_memory(self, tenant: str, verb: verbs.DeleteMemory, _: Cancel) -> None:
         memory = self._memory(tenant, verb.name)
@@ -328,7 +345,7 @@ class Store:
     def _open_session(self, tenant: str, verb: verbs.OpenSession, _: Cancel) -> SessionInfo:
         memory = self._memory(tenant, verb.memory)
         memory.spec.check_model(verb.fingerprint)
-        return self._sessions.open(tenant, verb.memory, memory.row.key, memory.spec, verb.lease_s).info
+        return self._sessions.open(tenant, verb.memory, memory.row.key, memory.spec, verb.lease_s, verb.session).info
 
     def _append_sessions(self, tenant: str, verb: verbs.AppendSessions, _: Cancel) -> tuple[SessionInfo, ...]:
         key = self._memory(tenant, verb.memory).row.key
@@ -350,7 +367,7 @@ class Store:
         memory = self._memory(tenant, verb.memory)
         layer = memory.spec.layer_index(verb.layer)
         engine.check_groups(memory.spec, verb.groups, verb.options)
-        sessions = self._scope_sessions(tenant, memory, verb.groups)
+        sessions = self._scope_sessions(tenant, memory, verb.groups, layer)
         arena = getattr(self._arenas, "arena", None)
         if arena is None:
             arena = self._arenas.arena = Arena()
@@ -359,7 +376,7 @@ class Store:
         memory.last_used = time.monotonic()
         with memory.reading():
             answers = [
-                engine.attend(memory, sessions, layer, part.groups, verb.options, arena, self._device, cancel)
+                engine.attend(memory, sessions, layer, part, arena, self._device, cancel, self._recent)
                 for part in parts
             ]
         return join_attended(pieces, answers)
@@ -368,12 +385,18 @@ class Store:
         if not verb.options.top_k:
             raise InvalidArgument("search needs top_k ≥ 1")
         options = replace(verb.options, tokens=True)
-        answers = self._attend(tenant, verbs.Attend(verb.memory, verb.layer, verb.groups, options), cancel)
+        attend = verbs.Attend(verb.memory, verb.layer, verb.groups, options, verb.placement)
+        answers = self._attend(tenant, attend, cancel)
         return tuple(answer.tokens for answer in answers if answer.tokens is not None)
 
-    def _scope_sessions(self, tenant: str, memory: LiveMemory, groups: Iterable[AttendGroup]) -> dict[str, Session]:
-        names = {scope.id for group in groups for scope in group.scope.sessions}
-        return {name: self._sessions.get(tenant, memory.row.key, name) for name in names}
+    def _scope_sessions(
+        self, tenant: str, memory: LiveMemory, groups: Iterable[AttendGroup], layer: int
+    ) -> dict[str, Session]:
+        scopes = [scope for group in groups for scope in group.scope.sessions]
+        found = {scope.id: self._sessions.get(tenant, memory.row.key, scope.id) for scope in scopes}
+        if any(found[scope.id].tokens[layer] < scope.at_least for scope in scopes):
+            raise SessionExpired("the session misses tokens that were appended elsewhere", reason="SESSION_SHORT")
+        return found
 
     def _fetch(self, tenant: str, verb: verbs.Fetch, _: Cancel) -> Fetched:
         memory = self._memory(tenant, verb.memory)
@@ -405,12 +428,13 @@ class Store:
         else:
             with self._lock:
                 memories = [memory for (owner, _), memory in self._memories.items() if owner == tenant]
+        held = [one.held(verb.placement) for one in memories]
         sessions, session_bytes = self._sessions.count(tenant, memories[0].row.key if verb.memory else None)
         return Stats(
             memory=verb.memory,
-            documents=sum(len(one.documents) for one in memories),
-            tokens=sum(one.tokens for one in memories),
-            bytes=sum(one.nbytes for one in memories),
+            documents=sum(one.documents for one in held),
+            tokens=sum(one.tokens for one in held),
+            bytes=sum(one.bytes for one in held),
             segments=sum(len(one.segments) for one in memories),
             dead_bytes=sum(one.dead_bytes for one in memories),
             resident_bytes=sum(one.resident_bytes for one in memories),
@@ -491,4 +515,5 @@ _WRITES = (
     verbs.CommitUpload,
     verbs.DeleteDocument,
     verbs.StartOperation,
+    verbs.SetShardMap,
 )

@@ -169,6 +169,14 @@ class DocumentInfo:
     committed_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """A deletion: of every state of a document up to this generation."""
+
+    id: str
+    generation: int
+
+
 class Conflict(StrEnum):
     """What a commit does if the document id is taken."""
 
@@ -288,6 +296,7 @@ class SessionScope:
 
     id: str
     until: int | None = None
+    at_least: int = 0  # SessionExpired if the layer holds fewer tokens: the process missed an append.
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,10 +351,16 @@ class AttendOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttendGroup:
-    """Queries that share a scope, rotated to their place by the caller."""
+    """Queries that share a scope, rotated to their place by the caller.
+
+    `counts` and `lse` are for who joins the answers of several memories: how many of the top k the others leave to this
+    one, and the denominator of the whole, against which attribution is then measured instead of against this part's.
+    """
 
     scope: Scope
     queries: Tensor  # [G, Q, D] float32 (bf16/f16 are converted)
+    counts: Tensor | None = None  # [G, Q] int32, 0 to top_k: only so many of the best take part.
+    lse: Tensor | None = None  # [G, Q] float32: no output, only attribution, and its masses are not scaled to 1.
 
     __repr__ = _brief
 
@@ -363,6 +378,7 @@ class Coverage:
 
     searched: int
     in_scope: int
+    missing: tuple[str, ...] = ()  # Shards of a cluster that could not be asked.
 
     @property
     def fraction(self) -> float:

@@ -39,6 +39,7 @@ class Request:
     metadata: Mapping[str, Scalar]
     conflict: Conflict
     request_id: str
+    generation: int = 0  # 0: the memory gives one.
 
     def check(self) -> None:
         """Raise InvalidArgument unless every field is within its limits."""
@@ -49,6 +50,8 @@ class Request:
             raise InvalidArgument(f"metadata may have {MAX_METADATA_KEYS} fields, got {len(self.metadata)}")
         if len(self.request_id) > 128:
             raise InvalidArgument("request_id may have 128 characters")
+        if not 0 <= self.generation < 1 << 62:
+            raise InvalidArgument(f"a generation is 0 to 2^62, got {self.generation}")
         for key, value in self.metadata.items():
             if not isinstance(value, str | int | float | bool) or not key or len(key) > 128:
                 raise InvalidArgument("metadata maps names of 1 to 128 characters to text, numbers or flags")
@@ -119,6 +122,7 @@ class Uploads:
                     return known
             if request.conflict is Conflict.FAIL and request.document in memory.documents:
                 raise AlreadyExists(f"document {request.document!r} exists; commit with conflict REPLACE to replace it")
+            memory.check_newest(request.document, request.generation)
             self._check_room(tenant, nbytes)
             upload = PendingUpload(
                 secrets.token_urlsafe(18), tenant, memory, request, [], time.time() + self._options.upload_lease_s

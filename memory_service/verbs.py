@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
+from memory_service.shards import Member, Placement, ShardMap
 from memory_service.types import (
     Attended,
     AttendGroup,
     AttendOptions,
     Conflict,
+    Deleted,
     Document,
     DocumentInfo,
     Fetched,
@@ -54,17 +56,20 @@ class CreateMemory(Verb[MemoryInfo]):
     role = Role.ADMIN
     name: str
     spec: MemorySpec
+    created_at: float = 0.0  # Of a memory that lives in several processes, which must agree on it; 0: now.
 
 
 @dataclass(frozen=True, slots=True)
 class GetMemory(Verb[MemoryInfo]):
     name: str
+    placement: Placement | None = None  # Count only what this shard owns.
 
 
 @dataclass(frozen=True, slots=True)
 class ListMemories(Verb[Page[MemoryInfo]]):
     page_size: int = 100
     page_token: str = ""
+    placement: Placement | None = None  # Count only what this shard owns.
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,10 @@ class DeleteMemory(Verb[None]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PutDocument(Verb[DocumentInfo]):
-    """Store a document, durably, all at once. Over gRPC: begin, upload, commit. The same request id commits once."""
+    """Store a document, durably, all at once. Over gRPC: begin, upload, commit. The same request id commits once.
+
+    With a `generation` the document gets that one; Superseded if the memory knows a newer state of the document.
+    """
 
     role = Role.WRITE
     memory: str
@@ -89,6 +97,7 @@ class PutDocument(Verb[DocumentInfo]):
     fingerprint: Fingerprint
     conflict: Conflict = Conflict.FAIL
     request_id: str = ""
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,7 @@ class BeginUpload(Verb[Upload]):
     metadata: Mapping[str, Scalar] = field(default_factory=dict)
     conflict: Conflict = Conflict.FAIL
     request_id: str = ""
+    generation: int = 0  # As in PutDocument.
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +156,27 @@ class ListDocuments(Verb[Page[DocumentInfo]]):
 
 @dataclass(frozen=True, slots=True)
 class DeleteDocument(Verb[None]):
-    """Delete a document; durable on return. The same request id may be repeated; else NOT_FOUND if there is none."""
+    """Delete a document; durable on return. The same request id may be repeated; else NOT_FOUND if there is none.
+
+    With a `generation` every state of the document up to that one is deleted, now and whenever it should come (even if
+    the answer is NOT_FOUND); Superseded if the memory holds a newer one.
+    """
 
     role = Role.WRITE
     memory: str
     document: str
     request_id: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ListDeleted(Verb[Page[Deleted]]):
+    """Deletions the memory remembers, by document id, ascending."""
+
+    role = Role.WRITE
+    memory: str
+    page_size: int = 100
+    page_token: str = ""
 
 
 # --- Sessions -------------------------------------------------------------------------------------------------------
@@ -164,6 +189,7 @@ class OpenSession(Verb[SessionInfo]):
     memory: str
     fingerprint: Fingerprint
     lease_s: float = 600.0
+    session: str = ""  # An unguessable id of the caller's own; the same one opens one session. Empty: a new one.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +227,7 @@ class Attend(Verb[tuple[Attended, ...]]):
     layer: int
     groups: tuple[AttendGroup, ...]
     options: AttendOptions = field(default_factory=AttendOptions)
+    placement: Placement | None = None  # See only documents this shard owns, of those a scope does not name.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,6 +238,7 @@ class Search(Verb[tuple[TopTokens, ...]]):
     layer: int
     groups: tuple[AttendGroup, ...]
     options: AttendOptions
+    placement: Placement | None = None  # As in Attend.
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +258,7 @@ class Fetch(Verb[Fetched]):
 @dataclass(frozen=True, slots=True)
 class GetStats(Verb[Stats]):
     memory: str = ""  # Empty: all the caller's memories together.
+    placement: Placement | None = None  # Count only documents this shard owns.
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,3 +287,33 @@ class ListOperations(Verb[Page[Operation]]):
 class CancelOperation(Verb[Operation]):
     role = Role.ADMIN
     operation: str
+
+
+# --- Clusters -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GetShardMap(Verb[Member]):
+    """What the process knows of the cluster it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetShardMap(Verb[Member]):
+    """Tell a process the map and its place in it; durable on return, and then no write by an older map is under way.
+
+    StaleMap unless the epoch is above the known one, or the map is the known one.
+    """
+
+    role = Role.ADMIN
+    map: ShardMap
+    shard: str  # Which shard this process is a replica of; empty: none any more.
+    behind: bool | None = None  # Whether it may lack writes; None: as it was.
+    whole: int = 0  # With `behind` false: it has all writes stamped before. It stays behind if it missed a later one.
+
+
+@dataclass(frozen=True, slots=True)
+class MarkBehind(Verb[None]):
+    """Tell a process that it missed a write: it answers no reads by shard map until it is healed."""
+
+    role = Role.WRITE
+    missed: int  # The write's generation; nothing happens if it was healed since.

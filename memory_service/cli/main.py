@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from memory_service.cli import bench, doctor, documents, memories, serve, tokens, verify, work
+from memory_service.cli import bench, cluster, doctor, documents, memories, serve, tokens, verify, work
 from memory_service.cli.environment import check_environment
 from memory_service.cli.stats import stats
 from memory_service.errors import FotError
@@ -50,6 +50,8 @@ memories.app.command("verify")(work.verify)
 app.add_typer(documents.app, name="docs")
 app.add_typer(tokens.app, name="token")
 app.command("stats")(stats)
+app.command("status")(cluster.status)
+app.command("heal")(cluster.heal)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("settings")(serve.settings)

@@ -33,6 +33,7 @@ class AsyncClient:
         insecure: bool = False,
         timeout_s: float = TIMEOUT_S,
         options: StoreOptions | None = None,
+        on_missing: str | None = None,
         create: bool = True,
     ) -> Opening[Self]:
         """Open ":memory:", a directory, "grpc://host:port", "grpcs://host:port" or "unix:path".
@@ -43,7 +44,7 @@ class AsyncClient:
         """
 
         async def opened() -> Self:
-            place = await open_async_place(target, token, tls, insecure, options, create)
+            place = await open_async_place(target, token, tls, insecure, options, create, on_missing)
             return cls(AsyncConnection(place, timeout_s))
 
         return Opening(opened)

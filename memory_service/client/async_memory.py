@@ -100,6 +100,7 @@ class AsyncMemory:
         insecure: bool = False,
         timeout_s: float = TIMEOUT_S,
         options: StoreOptions | None = None,
+        on_missing: str | None = None,
     ) -> Opening[AsyncMemory]:
         """Open one memory of a place; with a spec it is created if there is none.
 
@@ -108,7 +109,7 @@ class AsyncMemory:
         """
 
         async def opened() -> AsyncMemory:
-            place = await open_async_place(target, token, tls, insecure, options, create=spec is not None)
+            place = await open_async_place(target, token, tls, insecure, options, spec is not None, on_missing)
             connection = AsyncConnection(place, timeout_s)
             try:
                 return cls(connection, await connection.find_memory(name, spec))

@@ -33,6 +33,7 @@ class Client:
         insecure: bool = False,
         timeout_s: float = TIMEOUT_S,
         options: StoreOptions | None = None,
+        on_missing: str | None = None,
         create: bool = True,
     ) -> Self:
         """Open ":memory:", a directory, "grpc://host:port", "grpcs://host:port" or "unix:path".
@@ -41,7 +42,7 @@ class Client:
         A token is sent in clear over grpc:// to another machine only if `insecure` says so. `timeout_s` is the
         default of every call. `options` are an embedded store's. `create` false: the directory must exist.
         """
-        return cls(Connection(open_place(target, token, tls, insecure, options, create), timeout_s))
+        return cls(Connection(open_place(target, token, tls, insecure, options, create, on_missing), timeout_s))
 
     def memories(self) -> Iterator[MemoryInfo]:
         """All memories, by name."""

@@ -75,9 +75,11 @@ Step = Call | Send | Connect | Sleep
 Flow = Generator[Step, Any, Answer]
 
 
-def flow_of(verb: Verb[Answer], timeout_s: float, now: Callable[[], float] = time.monotonic) -> Flow[Answer]:
-    """The steps that answer a verb over the wire, within `timeout_s`."""
-    return cast(Flow[Answer], _flow_of(verb, _Budget(timeout_s, now)))
+def flow_of(
+    verb: Verb[Answer], timeout_s: float, now: Callable[[], float] = time.monotonic, patience_s: float = PATIENCE_S
+) -> Flow[Answer]:
+    """The steps that answer a verb over the wire, within `timeout_s`; an unreachable service is tried `patience_s`."""
+    return cast(Flow[Answer], _flow_of(verb, _Budget(timeout_s, now, patience_s)))
 
 
 def _flow_of(verb: Verb[Any], budget: _Budget) -> Flow[Any]:
@@ -154,6 +156,7 @@ def _put(verb: PutDocument, budget: _Budget) -> Flow[DocumentInfo]:
         document.metadata,
         verb.conflict,
         verb.request_id,
+        verb.generation,
     )
     upload = yield from _call(begin, budget)
     patience = _Patience(budget)
@@ -203,8 +206,9 @@ def _missing(upload: Upload) -> int:
 class _Budget:
     """The time of a whole call."""
 
-    def __init__(self, timeout_s: float, now: Callable[[], float]):
+    def __init__(self, timeout_s: float, now: Callable[[], float], patience_s: float):
         self.now = now
+        self.patience_s = patience_s
         self.until = now() + timeout_s
 
     @property
@@ -236,7 +240,7 @@ class _Patience:
         else:
             if isinstance(error, Unavailable) and error.code not in (Unavailable.reason, DRAINING):
                 return None
-            until = min(until, self._first_failure + PATIENCE_S)
+            until = min(until, self._first_failure + self._budget.patience_s)
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._attempts)
         self._attempts += 1
         pause *= random.uniform(0.8, 1.2)

@@ -99,13 +99,14 @@ class Memory:
         insecure: bool = False,
         timeout_s: float = TIMEOUT_S,
         options: StoreOptions | None = None,
+        on_missing: str | None = None,
     ) -> Memory:
         """Open one memory of a place; with a spec it is created if there is none.
 
         `target`, `token` and the rest are those of `Client.open`. Raises NotFound without a spec, WrongModel or
         AlreadyExists if the memory exists with another one, Unavailable if nobody answers.
         """
-        place = open_place(target, token, tls, insecure, options, create=spec is not None)
+        place = open_place(target, token, tls, insecure, options, spec is not None, on_missing)
         connection = Connection(place, timeout_s)
         try:
             return cls(connection, connection.find_memory(name, spec))

@@ -5,6 +5,7 @@
 "grpc://host:port"    a service on this machine or behind a trusted network
 "grpcs://host:port"   a service over TLS
 "unix:/path"          a service on this machine's socket
+"grpc://a:1,b:2,…"    a cluster: one memory over many services; "?replicas=2" where every two hold the same
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
@@ -31,6 +33,7 @@ Answer = TypeVar("Answer")
 
 TIMEOUT_S = 60.0
 IN_MEMORY = ":memory:"
+DIRECTORIES = "fot.directories"  # Entry points that make further schemes the targets of clusters.
 EMBEDDED = Identity("default", Role.ADMIN)  # Who holds a store in their own process may do everything.
 
 
@@ -145,6 +148,17 @@ class Address:
     token: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterTarget:
+    """A cluster's target, in parts."""
+
+    target: str  # As the caller wrote it.
+    scheme: str
+    rest: str  # What follows "://".
+    tls: Tls | None
+    token: str | None
+
+
 def open_place(
     target: str | Path,
     token: str | Path | None,
@@ -152,9 +166,15 @@ def open_place(
     insecure: bool,
     options: StoreOptions | None,
     create: bool,
+    on_missing: str | None = None,
 ) -> Place:
     """Open what `target` names, blocking. Raises InvalidArgument for a target that is none of the forms."""
     found = _resolve(target, token, tls, insecure, options)
+    if isinstance(found, ClusterTarget):
+        from memory_service.cluster.opening import Reach, open_cluster
+
+        reach = Reach(found.target, found.tls, found.token)
+        return open_cluster(found.scheme, found.rest, reach, on_missing)
     if isinstance(found, Address):
         # Who keeps a memory in this process needs no gRPC.
         from memory_service.client.remote import RemotePlace
@@ -170,9 +190,15 @@ async def open_async_place(
     insecure: bool,
     options: StoreOptions | None,
     create: bool,
+    on_missing: str | None = None,
 ) -> AsyncPlace:
     """Open what `target` names, on the running loop. Raises InvalidArgument for a target that is none of the forms."""
     found = _resolve(target, token, tls, insecure, options)
+    if isinstance(found, ClusterTarget):
+        from memory_service.cluster.opening import Reach, open_async_cluster
+
+        reach = Reach(found.target, found.tls, found.token)
+        return open_async_cluster(found.scheme, found.rest, reach, on_missing)
     if isinstance(found, Address):
         from memory_service.client.remote import AsyncRemotePlace
 
@@ -181,13 +207,25 @@ async def open_async_place(
     return AsyncLocalPlace(await asyncio.to_thread(LocalPlace, directory, options))
 
 
+def cluster_target(target: str, token: str | Path | None, tls: Tls | None, insecure: bool) -> ClusterTarget:
+    """A cluster's target, in parts; one address is a cluster of one. Raises InvalidArgument if it is none."""
+    found = _resolve(target, token, tls, insecure, None)
+    if isinstance(found, Address) and "://" in target:
+        scheme, _, rest = target.partition("://")
+        return ClusterTarget(target, scheme, rest, found.tls, found.token)
+    if not isinstance(found, ClusterTarget):
+        raise InvalidArgument(f"{target} is no cluster; write 'grpc://host:port,host:port'")
+    return found
+
+
 def _resolve(
     target: str | Path, token: str | Path | None, tls: Tls | None, insecure: bool, options: StoreOptions | None
-) -> Address | Path | None:
-    """An address, a directory, or None for RAM."""
+) -> Address | ClusterTarget | Path | None:
+    """An address, a cluster, a directory, or None for RAM."""
     text = str(target)
     scheme, _, rest = text.partition("://")
-    remote = (scheme in ("grpc", "grpcs") and bool(rest)) or text.startswith("unix:")
+    other = isinstance(target, str) and rest and scheme not in ("grpc", "grpcs") and _is_cluster_scheme(scheme)
+    remote = other or (scheme in ("grpc", "grpcs") and bool(rest)) or text.startswith("unix:")
     if isinstance(target, Path) or not (remote or "://" in text):
         if tls is not None:
             raise InvalidArgument(f"tls is for services; {text} is in this process")
@@ -200,15 +238,29 @@ def _resolve(
         )
     if options is not None:
         raise InvalidArgument(f"options are for stores in this process; {text} has its own settings")
-    if tls is not None and scheme != "grpcs":
+    if tls is not None and scheme != "grpcs" and not other:
         raise InvalidArgument(f"tls was given for {text}; write grpcs:// to use it")
     credential = _credential(token)
+    if other or (not text.startswith("unix:") and ("," in rest or "?" in rest)):
+        far = [one for one in rest.partition("?")[0].split(",") if not _is_loopback(one)]
+        if credential and scheme == "grpc" and not insecure and far:
+            raise _in_clear(far[0])
+        secured = (tls or Tls()) if scheme == "grpcs" else tls
+        return ClusterTarget(text, scheme, rest, secured, credential)
     authority = text if text.startswith("unix:") else rest.rstrip("/")
     if credential and scheme == "grpc" and not insecure and not _is_loopback(authority):
-        raise InvalidArgument(
-            f"a token would travel to {authority} unencrypted; use grpcs://, or insecure=True on a network you trust"
-        )
+        raise _in_clear(authority)
     return Address(text, authority, (tls or Tls()) if scheme == "grpcs" else None, credential)
+
+
+def _in_clear(authority: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"a token would travel to {authority} unencrypted; use grpcs://, or insecure=True on a network you trust"
+    )
+
+
+def _is_cluster_scheme(scheme: str) -> bool:
+    return bool(entry_points(group=DIRECTORIES, name=scheme))
 
 
 def _credential(token: str | Path | None) -> str | None:

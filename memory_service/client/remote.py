@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,10 @@ import grpc
 from grpc import aio
 
 from memory_service.chunks import encode_chunk
-from memory_service.client.flows import Call, Connect, Flow, Send, Sleep, Step, flow_of
+from memory_service.client.flows import PATIENCE_S, Call, Connect, Flow, Send, Sleep, Step, flow_of
 from memory_service.client.payload import missing_chunks
 from memory_service.client.places import Address, Tls, closed
-from memory_service.codec import RPCS, UPLOAD_CHUNKS, Rpc
+from memory_service.codec import EPOCH, RPCS, UPLOAD_CHUNKS, Rpc
 from memory_service.errors import FotError, InvalidArgument, Unavailable
 from memory_service.verbs import Verb
 from memory_service.wire import read_error
@@ -29,8 +30,6 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # A service that restarts is back within seconds; gRPC's own pauses grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
     # Notice a peer that vanished without a word.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -50,13 +49,26 @@ BROKEN_LINE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """How long to wait for a service that does not answer."""
+
+    patience_s: float = PATIENCE_S  # A call that may be repeated is, for so long.
+    connect_ms: int = 100  # For one attempt to connect.
+    reconnect_ms: int = 1000  # Between attempts, at most.
+
+
+PATIENT = Line()
+
+
 class RemotePlace:
     """A service, asked from any number of threads over one connection."""
 
-    def __init__(self, address: Address):
+    def __init__(self, address: Address, line: Line = PATIENT):
         self.target = address.target
+        self._patience_s = line.patience_s
         self._metadata = _metadata(address)
-        options = _options(address)
+        options = _options(address, line)
         if address.tls is None:
             self._channel = grpc.insecure_channel(address.authority, options)
         else:
@@ -67,14 +79,15 @@ class RemotePlace:
         self._health = self._channel.unary_unary(HEALTH_CHECK, None, None)
         self._open = True
 
-    def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
-        """Take the steps of the verb's flow, blocking."""
-        flow: Flow[Answer] = flow_of(verb, timeout_s)
+    def run(self, verb: Verb[Answer], timeout_s: float, epoch: int = 0) -> Answer:
+        """Take the steps of the verb's flow, blocking. `epoch` is the shard map's by which the call came here."""
+        flow: Flow[Answer] = flow_of(verb, timeout_s, patience_s=self._patience_s)
+        metadata = _routed(self._metadata, epoch)
         try:
             step = next(flow)
             while True:
                 try:
-                    answer = self._take(step)
+                    answer = self._take(step, metadata)
                 except FotError as error:
                     step = flow.throw(error)
                 else:
@@ -87,17 +100,17 @@ class RemotePlace:
         self._open = False
         self._channel.close()
 
-    def _take(self, step: Step) -> Any:
+    def _take(self, step: Step, metadata: tuple[tuple[str, str], ...]) -> Any:
         if not self._open:
             raise closed(self.target)
         try:
             match step:
                 case Call(verb, timeout_s):
                     rpc, method = RPCS[type(verb)], self._methods[type(verb)]
-                    answer = method(rpc.encode_request(verb), timeout=timeout_s, metadata=self._metadata)
+                    answer = method(rpc.encode_request(verb), timeout=timeout_s, metadata=metadata)
                     return rpc.decode_pieces(answer) if rpc.streamed else rpc.decode_answer(answer)
                 case Send(timeout_s=timeout_s):
-                    self._upload(_chunks(step), timeout=timeout_s, metadata=self._metadata)
+                    self._upload(_chunks(step), timeout=timeout_s, metadata=metadata)
                 case Connect(timeout_s):
                     self._health(b"", timeout=timeout_s, wait_for_ready=True)
                 case Sleep(seconds):
@@ -117,10 +130,11 @@ class RemotePlace:
 class AsyncRemotePlace:
     """A service, asked on one event loop over one connection."""
 
-    def __init__(self, address: Address):
+    def __init__(self, address: Address, line: Line = PATIENT):
         self.target = address.target
+        self._patience_s = line.patience_s
         self._metadata = _metadata(address)
-        options = _options(address)
+        options = _options(address, line)
         if address.tls is None:
             self._channel = aio.insecure_channel(address.authority, options)
         else:
@@ -130,14 +144,15 @@ class AsyncRemotePlace:
         self._health = self._channel.unary_unary(HEALTH_CHECK, None, None)
         self._open = True
 
-    async def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
+    async def run(self, verb: Verb[Answer], timeout_s: float, epoch: int = 0) -> Answer:
         """Take the steps of the verb's flow. Cancelling the task cancels the call in the service too."""
-        flow: Flow[Answer] = flow_of(verb, timeout_s)
+        flow: Flow[Answer] = flow_of(verb, timeout_s, patience_s=self._patience_s)
+        metadata = _routed(self._metadata, epoch)
         try:
             step = next(flow)
             while True:
                 try:
-                    answer = await self._take(step)
+                    answer = await self._take(step, metadata)
                 except FotError as error:
                     step = flow.throw(error)
                 else:
@@ -150,19 +165,19 @@ class AsyncRemotePlace:
         self._open = False
         await self._channel.close(None)
 
-    async def _take(self, step: Step) -> Any:
+    async def _take(self, step: Step, metadata: tuple[tuple[str, str], ...]) -> Any:
         if not self._open:
             raise closed(self.target)
         try:
             match step:
                 case Call(verb, timeout_s):
                     rpc, method = RPCS[type(verb)], self._methods[type(verb)]
-                    call = method(rpc.encode_request(verb), timeout=timeout_s, metadata=self._metadata)
+                    call = method(rpc.encode_request(verb), timeout=timeout_s, metadata=metadata)
                     if rpc.streamed:
                         return rpc.decode_pieces([piece async for piece in call])
                     return rpc.decode_answer(await call)
                 case Send(timeout_s=timeout_s):
-                    await self._upload(_off_loop(_chunks(step)), timeout=timeout_s, metadata=self._metadata)
+                    await self._upload(_off_loop(_chunks(step)), timeout=timeout_s, metadata=metadata)
                 case Connect(timeout_s):
                     await self._health(b"", timeout=timeout_s, wait_for_ready=True)
                 case Sleep(seconds):
@@ -214,9 +229,18 @@ def _metadata(address: Address) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {address.token}"),) if address.token else ()
 
 
-def _options(address: Address) -> list[tuple[str, Any]]:
+def _routed(metadata: tuple[tuple[str, str], ...], epoch: int) -> tuple[tuple[str, str], ...]:
+    return (*metadata, (EPOCH, str(epoch))) if epoch else metadata
+
+
+def _options(address: Address, line: Line) -> list[tuple[str, Any]]:
+    options = [
+        *CHANNEL_OPTIONS,
+        ("grpc.min_reconnect_backoff_ms", line.connect_ms),  # It also bounds one attempt, and nothing else does.
+        ("grpc.max_reconnect_backoff_ms", line.reconnect_ms),
+    ]
     renamed = address.tls.server_name if address.tls else None
-    return [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", renamed)] if renamed else CHANNEL_OPTIONS
+    return [*options, ("grpc.ssl_target_name_override", renamed)] if renamed else options
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:

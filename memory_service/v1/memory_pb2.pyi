@@ -186,6 +186,14 @@ class Document(_message.Message):
     committed_at: _timestamp_pb2.Timestamp
     def __init__(self, id: _Optional[str] = ..., tokens: _Optional[int] = ..., metadata: _Optional[_Mapping[str, Scalar]] = ..., generation: _Optional[int] = ..., committed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class Deleted(_message.Message):
+    __slots__ = ("id", "generation")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    generation: int
+    def __init__(self, id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+
 class ChunkRange(_message.Message):
     __slots__ = ("part", "first", "chunks")
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -249,12 +257,14 @@ class DocumentIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionScope(_message.Message):
-    __slots__ = ("id", "until")
+    __slots__ = ("id", "until", "at_least")
     ID_FIELD_NUMBER: _ClassVar[int]
     UNTIL_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
     id: str
     until: int
-    def __init__(self, id: _Optional[str] = ..., until: _Optional[int] = ...) -> None: ...
+    at_least: int
+    def __init__(self, id: _Optional[str] = ..., until: _Optional[int] = ..., at_least: _Optional[int] = ...) -> None: ...
 
 class Scope(_message.Message):
     __slots__ = ("documents", "where", "sessions")
@@ -296,12 +306,16 @@ class AttendOptions(_message.Message):
     def __init__(self, top_k: _Optional[int] = ..., engine: _Optional[_Union[Engine, str]] = ..., scale: _Optional[float] = ..., logit_gap: _Optional[float] = ..., search: _Optional[_Mapping[str, float]] = ..., tokens: _Optional[bool] = ..., attribution: _Optional[bool] = ..., measure: _Optional[bool] = ..., output_dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class AttendGroup(_message.Message):
-    __slots__ = ("scope", "queries")
+    __slots__ = ("scope", "queries", "counts", "lse")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
     scope: Scope
     queries: Tensor
-    def __init__(self, scope: _Optional[_Union[Scope, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    counts: Tensor
+    lse: Tensor
+    def __init__(self, scope: _Optional[_Union[Scope, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., counts: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Coverage(_message.Message):
     __slots__ = ("searched", "in_scope")
@@ -445,13 +459,23 @@ class Stats(_message.Message):
     session_bytes: int
     def __init__(self, memory: _Optional[str] = ..., documents: _Optional[int] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., segments: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., resident_tokens: _Optional[int] = ..., indexed_tokens: _Optional[int] = ..., index_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., session_bytes: _Optional[int] = ...) -> None: ...
 
+class Placement(_message.Message):
+    __slots__ = ("shard", "shards")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    shard: str
+    shards: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, shard: _Optional[str] = ..., shards: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class CreateMemoryRequest(_message.Message):
-    __slots__ = ("name", "spec")
+    __slots__ = ("name", "spec", "created_at")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: MemorySpec
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[MemorySpec, _Mapping]] = ...) -> None: ...
+    created_at: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[MemorySpec, _Mapping]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class CreateMemoryResponse(_message.Message):
     __slots__ = ("memory",)
@@ -460,10 +484,12 @@ class CreateMemoryResponse(_message.Message):
     def __init__(self, memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
 
 class GetMemoryRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "placement")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, name: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class GetMemoryResponse(_message.Message):
     __slots__ = ("memory",)
@@ -472,12 +498,14 @@ class GetMemoryResponse(_message.Message):
     def __init__(self, memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
 
 class ListMemoriesRequest(_message.Message):
-    __slots__ = ("page_size", "page_token")
+    __slots__ = ("page_size", "page_token", "placement")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class ListMemoriesResponse(_message.Message):
     __slots__ = ("memories", "next_page_token")
@@ -498,7 +526,7 @@ class DeleteMemoryResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PutDocumentRequest(_message.Message):
-    __slots__ = ("memory", "document", "keys", "values", "token_ids", "metadata", "fingerprint", "conflict", "request_id")
+    __slots__ = ("memory", "document", "keys", "values", "token_ids", "metadata", "fingerprint", "conflict", "request_id", "generation")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -515,6 +543,7 @@ class PutDocumentRequest(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CONFLICT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     memory: str
     document: str
     keys: Tensor
@@ -524,7 +553,8 @@ class PutDocumentRequest(_message.Message):
     fingerprint: Fingerprint
     conflict: Conflict
     request_id: str
-    def __init__(self, memory: _Optional[str] = ..., document: _Optional[str] = ..., keys: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Union[Tensor, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., metadata: _Optional[_Mapping[str, Scalar]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., conflict: _Optional[_Union[Conflict, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, memory: _Optional[str] = ..., document: _Optional[str] = ..., keys: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Union[Tensor, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., metadata: _Optional[_Mapping[str, Scalar]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., conflict: _Optional[_Union[Conflict, str]] = ..., request_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PutDocumentResponse(_message.Message):
     __slots__ = ("document",)
@@ -533,7 +563,7 @@ class PutDocumentResponse(_message.Message):
     def __init__(self, document: _Optional[_Union[Document, _Mapping]] = ...) -> None: ...
 
 class BeginUploadRequest(_message.Message):
-    __slots__ = ("memory", "document", "tokens", "fingerprint", "metadata", "conflict", "request_id")
+    __slots__ = ("memory", "document", "tokens", "fingerprint", "metadata", "conflict", "request_id", "generation")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -548,6 +578,7 @@ class BeginUploadRequest(_message.Message):
     METADATA_FIELD_NUMBER: _ClassVar[int]
     CONFLICT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     memory: str
     document: str
     tokens: int
@@ -555,7 +586,8 @@ class BeginUploadRequest(_message.Message):
     metadata: _containers.MessageMap[str, Scalar]
     conflict: Conflict
     request_id: str
-    def __init__(self, memory: _Optional[str] = ..., document: _Optional[str] = ..., tokens: _Optional[int] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., metadata: _Optional[_Mapping[str, Scalar]] = ..., conflict: _Optional[_Union[Conflict, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, memory: _Optional[str] = ..., document: _Optional[str] = ..., tokens: _Optional[int] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., metadata: _Optional[_Mapping[str, Scalar]] = ..., conflict: _Optional[_Union[Conflict, str]] = ..., request_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class BeginUploadResponse(_message.Message):
     __slots__ = ("upload",)
@@ -662,28 +694,50 @@ class ListDocumentsResponse(_message.Message):
     def __init__(self, documents: _Optional[_Iterable[_Union[Document, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class DeleteDocumentRequest(_message.Message):
-    __slots__ = ("memory", "document", "request_id")
+    __slots__ = ("memory", "document", "request_id", "generation")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     memory: str
     document: str
     request_id: str
-    def __init__(self, memory: _Optional[str] = ..., document: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, memory: _Optional[str] = ..., document: _Optional[str] = ..., request_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class DeleteDocumentResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ListDeletedRequest(_message.Message):
+    __slots__ = ("memory", "page_size", "page_token")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    page_size: int
+    page_token: str
+    def __init__(self, memory: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListDeletedResponse(_message.Message):
+    __slots__ = ("deleted", "next_page_token")
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    deleted: _containers.RepeatedCompositeFieldContainer[Deleted]
+    next_page_token: str
+    def __init__(self, deleted: _Optional[_Iterable[_Union[Deleted, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("memory", "fingerprint", "lease")
+    __slots__ = ("memory", "fingerprint", "lease", "session")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     memory: str
     fingerprint: Fingerprint
     lease: _duration_pb2.Duration
-    def __init__(self, memory: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    session: str
+    def __init__(self, memory: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., session: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("session",)
@@ -732,16 +786,18 @@ class CloseSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AttendRequest(_message.Message):
-    __slots__ = ("memory", "layer", "groups", "options")
+    __slots__ = ("memory", "layer", "groups", "options", "placement")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     memory: str
     layer: int
     groups: _containers.RepeatedCompositeFieldContainer[AttendGroup]
     options: AttendOptions
-    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[AttendGroup, _Mapping]]] = ..., options: _Optional[_Union[AttendOptions, _Mapping]] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[AttendGroup, _Mapping]]] = ..., options: _Optional[_Union[AttendOptions, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class AttendResponse(_message.Message):
     __slots__ = ("answers",)
@@ -750,16 +806,18 @@ class AttendResponse(_message.Message):
     def __init__(self, answers: _Optional[_Iterable[_Union[Attended, _Mapping]]] = ...) -> None: ...
 
 class SearchRequest(_message.Message):
-    __slots__ = ("memory", "layer", "groups", "options")
+    __slots__ = ("memory", "layer", "groups", "options", "placement")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     memory: str
     layer: int
     groups: _containers.RepeatedCompositeFieldContainer[AttendGroup]
     options: AttendOptions
-    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[AttendGroup, _Mapping]]] = ..., options: _Optional[_Union[AttendOptions, _Mapping]] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[AttendGroup, _Mapping]]] = ..., options: _Optional[_Union[AttendOptions, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class SearchResponse(_message.Message):
     __slots__ = ("answers",)
@@ -806,10 +864,12 @@ class FetchLayout(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., kv_heads: _Optional[int] = ..., tokens: _Optional[int] = ..., head_dim: _Optional[int] = ..., first_token: _Optional[int] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
-    __slots__ = ("memory",)
+    __slots__ = ("memory", "placement")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     memory: str
-    def __init__(self, memory: _Optional[str] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, memory: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
     __slots__ = ("stats",)
@@ -874,3 +934,73 @@ class CancelOperationResponse(_message.Message):
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     operation: Operation
     def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("id", "addresses")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ShardMap(_message.Message):
+    __slots__ = ("epoch", "shards", "also", "switched")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    ALSO_FIELD_NUMBER: _ClassVar[int]
+    SWITCHED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    also: _containers.RepeatedCompositeFieldContainer[Shard]
+    switched: bool
+    def __init__(self, epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., also: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., switched: _Optional[bool] = ...) -> None: ...
+
+class GetShardMapRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetShardMapResponse(_message.Message):
+    __slots__ = ("map", "shard", "behind", "whole")
+    MAP_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    map: ShardMap
+    shard: str
+    behind: bool
+    whole: int
+    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ..., whole: _Optional[int] = ...) -> None: ...
+
+class SetShardMapRequest(_message.Message):
+    __slots__ = ("map", "shard", "behind", "whole")
+    MAP_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    map: ShardMap
+    shard: str
+    behind: bool
+    whole: int
+    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ..., whole: _Optional[int] = ...) -> None: ...
+
+class SetShardMapResponse(_message.Message):
+    __slots__ = ("map", "shard", "behind", "whole")
+    MAP_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    map: ShardMap
+    shard: str
+    behind: bool
+    whole: int
+    def __init__(self, map: _Optional[_Union[ShardMap, _Mapping]] = ..., shard: _Optional[str] = ..., behind: _Optional[bool] = ..., whole: _Optional[int] = ...) -> None: ...
+
+class MarkBehindRequest(_message.Message):
+    __slots__ = ("missed",)
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    missed: int
+    def __init__(self, missed: _Optional[int] = ...) -> None: ...
+
+class MarkBehindResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

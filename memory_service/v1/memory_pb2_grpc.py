@@ -100,6 +100,11 @@ class MemoryServiceStub:
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.DeleteDocumentRequest.SerializeToString,
                 response_deserializer=memory__service_dot_v1_dot_memory__pb2.DeleteDocumentResponse.FromString,
                 _registered_method=True)
+        self.ListDeleted = channel.unary_unary(
+                '/memory_service.v1.MemoryService/ListDeleted',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.ListDeletedRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.ListDeletedResponse.FromString,
+                _registered_method=True)
         self.OpenSession = channel.unary_unary(
                 '/memory_service.v1.MemoryService/OpenSession',
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.OpenSessionRequest.SerializeToString,
@@ -159,6 +164,21 @@ class MemoryServiceStub:
                 '/memory_service.v1.MemoryService/CancelOperation',
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationRequest.SerializeToString,
                 response_deserializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationResponse.FromString,
+                _registered_method=True)
+        self.GetShardMap = channel.unary_unary(
+                '/memory_service.v1.MemoryService/GetShardMap',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.GetShardMapRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.GetShardMapResponse.FromString,
+                _registered_method=True)
+        self.SetShardMap = channel.unary_unary(
+                '/memory_service.v1.MemoryService/SetShardMap',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.SetShardMapRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.SetShardMapResponse.FromString,
+                _registered_method=True)
+        self.MarkBehind = channel.unary_unary(
+                '/memory_service.v1.MemoryService/MarkBehind',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.MarkBehindRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.MarkBehindResponse.FromString,
                 _registered_method=True)
 
 
@@ -267,6 +287,14 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeleted(self, request, context):
+        """WRITE. Deletions the memory remembers, by document id, ascending, in pages: what replicas compare. NOT_FOUND: the
+        memory. INVALID_ARGUMENT: the page token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenSession(self, request, context):
         """--- Sessions ---
 
@@ -364,6 +392,30 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetShardMap(self, request, context):
+        """--- Clusters ---
+
+        READ. What the process knows of the cluster it belongs to: the shard map, and its own place in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetShardMap(self, request, context):
+        """ADMIN. Tells the process a shard map; durable on return, and then no write by an older map is under way any more.
+        FAILED_PRECONDITION (STALE_MAP): the epoch is not above the known one, and the map is not the known one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MarkBehind(self, request, context):
+        """WRITE. Tells the process that it missed a write: calls that carry an epoch get no reads answered until it is healed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -432,6 +484,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     request_deserializer=memory__service_dot_v1_dot_memory__pb2.DeleteDocumentRequest.FromString,
                     response_serializer=memory__service_dot_v1_dot_memory__pb2.DeleteDocumentResponse.SerializeToString,
             ),
+            'ListDeleted': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeleted,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.ListDeletedRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.ListDeletedResponse.SerializeToString,
+            ),
             'OpenSession': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenSession,
                     request_deserializer=memory__service_dot_v1_dot_memory__pb2.OpenSessionRequest.FromString,
@@ -491,6 +548,21 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.CancelOperation,
                     request_deserializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationRequest.FromString,
                     response_serializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationResponse.SerializeToString,
+            ),
+            'GetShardMap': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetShardMap,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.GetShardMapRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.GetShardMapResponse.SerializeToString,
+            ),
+            'SetShardMap': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetShardMap,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.SetShardMapRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.SetShardMapResponse.SerializeToString,
+            ),
+            'MarkBehind': grpc.unary_unary_rpc_method_handler(
+                    servicer.MarkBehind,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.MarkBehindRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.MarkBehindResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -856,6 +928,33 @@ class MemoryService:
             _registered_method=True)
 
     @staticmethod
+    def ListDeleted(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/ListDeleted',
+            memory__service_dot_v1_dot_memory__pb2.ListDeletedRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.ListDeletedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def OpenSession(request,
             target,
             options=(),
@@ -1169,6 +1268,87 @@ class MemoryService:
             '/memory_service.v1.MemoryService/CancelOperation',
             memory__service_dot_v1_dot_memory__pb2.CancelOperationRequest.SerializeToString,
             memory__service_dot_v1_dot_memory__pb2.CancelOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetShardMap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/GetShardMap',
+            memory__service_dot_v1_dot_memory__pb2.GetShardMapRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.GetShardMapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetShardMap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/SetShardMap',
+            memory__service_dot_v1_dot_memory__pb2.SetShardMapRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.SetShardMapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MarkBehind(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/MarkBehind',
+            memory__service_dot_v1_dot_memory__pb2.MarkBehindRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.MarkBehindResponse.FromString,
             options,
             channel_credentials,
             insecure,

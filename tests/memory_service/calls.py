@@ -99,6 +99,9 @@ class SpyStore:
     def run(self, identity: Identity, verb: Verb[Any], cancel: Cancel | None = None) -> Any:
         return self.answer(verb, cancel or Cancel())
 
+    def check_epoch(self, epoch: int, reads: bool) -> None:
+        pass
+
     def write_chunk(self, identity: Identity, memory: str, upload: str, chunk: Chunk) -> None:
         self.chunks.append(chunk)
 

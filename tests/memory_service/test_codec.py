@@ -26,6 +26,7 @@ from memory_service.codec import (
     answer_bytes,
 )
 from memory_service.errors import DataLoss, InvalidArgument
+from memory_service.shards import Member, Placement, Shard, ShardMap
 from memory_service.v1 import memory_pb2 as pb
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -66,7 +67,7 @@ SCOPE = st.builds(
     t.Scope,
     st.none() | st.lists(TEXT, max_size=2).map(tuple),
     st.none() | FILTER,
-    st.lists(st.builds(t.SessionScope, TEXT, st.none() | COUNT), max_size=2).map(tuple),
+    st.lists(st.builds(t.SessionScope, TEXT, st.none() | COUNT, COUNT), max_size=2).map(tuple),
 )
 OPTIONS = st.builds(
     t.AttendOptions,
@@ -133,7 +134,12 @@ ATTENDED = st.builds(
     st.none() | st.lists(st.builds(t.Attribution, TEXT, st.floats(0, 1)), max_size=2).map(tuple),
     st.none() | st.builds(t.Measured, st.floats(0, 1), st.floats(0, 1)),
 )
-GROUPS = st.lists(st.builds(t.AttendGroup, SCOPE, tensors(3)), max_size=2).map(tuple)
+SHARES = (st.none() | tensors(2, (torch.int32,)), st.none() | tensors(2, (torch.float32,)))
+GROUPS = st.lists(st.builds(t.AttendGroup, SCOPE, tensors(3), *SHARES), max_size=2).map(tuple)
+SHARDS = st.lists(st.builds(Shard, TEXT, st.lists(TEXT, max_size=2).map(tuple)), max_size=2).map(tuple)
+MAP = st.builds(ShardMap, COUNT, SHARDS, SHARDS, st.booleans())
+MEMBER = st.builds(Member, st.none() | MAP, TEXT, st.booleans(), COUNT)
+PLACEMENT = st.none() | st.builds(Placement, TEXT, st.lists(TEXT, min_size=1, max_size=2).map(tuple))
 APPEND = st.builds(
     t.SessionAppend, TEXT, st.lists(st.integers(0, 99), max_size=2).map(tuple), COUNT, tensors(4), tensors(4), IDS
 )
@@ -152,9 +158,9 @@ def pages(item: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
-    v.CreateMemory: (st.builds(v.CreateMemory, TEXT, SPEC), MEMORY),
-    v.GetMemory: (st.builds(v.GetMemory, TEXT), MEMORY),
-    v.ListMemories: (st.builds(v.ListMemories, st.integers(-9, 999), TEXT), pages(MEMORY)),
+    v.CreateMemory: (st.builds(v.CreateMemory, TEXT, SPEC, TIME), MEMORY),
+    v.GetMemory: (st.builds(v.GetMemory, TEXT, PLACEMENT), MEMORY),
+    v.ListMemories: (st.builds(v.ListMemories, st.integers(-9, 999), TEXT, PLACEMENT), pages(MEMORY)),
     v.DeleteMemory: (st.builds(v.DeleteMemory, TEXT), st.none()),
     v.PutDocument: (
         st.builds(
@@ -164,11 +170,12 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
             FINGERPRINT,
             st.sampled_from(t.Conflict),
             TEXT,
+            COUNT,
         ),
         DOCUMENT,
     ),
     v.BeginUpload: (
-        st.builds(v.BeginUpload, TEXT, TEXT, INT64, FINGERPRINT, METADATA, st.sampled_from(t.Conflict), TEXT),
+        st.builds(v.BeginUpload, TEXT, TEXT, INT64, FINGERPRINT, METADATA, st.sampled_from(t.Conflict), TEXT, COUNT),
         UPLOAD,
     ),
     v.GetUpload: (st.builds(v.GetUpload, TEXT, TEXT), UPLOAD),
@@ -179,22 +186,32 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
         st.builds(v.ListDocuments, TEXT, st.none() | FILTER, st.integers(-9, 999), TEXT),
         pages(DOCUMENT),
     ),
-    v.DeleteDocument: (st.builds(v.DeleteDocument, TEXT, TEXT, TEXT), st.none()),
-    v.OpenSession: (st.builds(v.OpenSession, TEXT, FINGERPRINT, LEASE), SESSION),
+    v.DeleteDocument: (st.builds(v.DeleteDocument, TEXT, TEXT, TEXT, COUNT), st.none()),
+    v.ListDeleted: (
+        st.builds(v.ListDeleted, TEXT, st.integers(-9, 999), TEXT),
+        pages(st.builds(t.Deleted, TEXT, COUNT)),
+    ),
+    v.OpenSession: (st.builds(v.OpenSession, TEXT, FINGERPRINT, LEASE, TEXT), SESSION),
     v.AppendSessions: (
         st.builds(v.AppendSessions, TEXT, st.lists(APPEND, max_size=2).map(tuple)),
         st.lists(SESSION, max_size=2).map(tuple),
     ),
     v.RenewSession: (st.builds(v.RenewSession, TEXT, TEXT), SESSION),
     v.CloseSession: (st.builds(v.CloseSession, TEXT, TEXT), st.none()),
-    v.Attend: (st.builds(v.Attend, TEXT, LAYER, GROUPS, OPTIONS), st.lists(ATTENDED, max_size=2).map(tuple)),
-    v.Search: (st.builds(v.Search, TEXT, LAYER, GROUPS, OPTIONS), st.lists(TOP_TOKENS, max_size=2).map(tuple)),
+    v.Attend: (st.builds(v.Attend, TEXT, LAYER, GROUPS, OPTIONS, PLACEMENT), st.lists(ATTENDED, max_size=2).map(tuple)),
+    v.Search: (
+        st.builds(v.Search, TEXT, LAYER, GROUPS, OPTIONS, PLACEMENT),
+        st.lists(TOP_TOKENS, max_size=2).map(tuple),
+    ),
     v.Fetch: (st.builds(v.Fetch, TEXT, TEXT, LAYER, INT64, INT64), fetches()),
-    v.GetStats: (st.builds(v.GetStats, TEXT), st.builds(t.Stats, TEXT, *[COUNT] * 11)),
+    v.GetStats: (st.builds(v.GetStats, TEXT, PLACEMENT), st.builds(t.Stats, TEXT, *[COUNT] * 11)),
     v.StartOperation: (st.builds(v.StartOperation, TEXT, st.sampled_from(t.OperationKind), TEXT), OPERATION),
     v.GetOperation: (st.builds(v.GetOperation, TEXT), OPERATION),
     v.ListOperations: (st.builds(v.ListOperations, TEXT, st.integers(-9, 999), TEXT), pages(OPERATION)),
     v.CancelOperation: (st.builds(v.CancelOperation, TEXT), OPERATION),
+    v.GetShardMap: (st.just(v.GetShardMap()), MEMBER),
+    v.SetShardMap: (st.builds(v.SetShardMap, MAP, TEXT, st.none() | st.booleans(), COUNT), MEMBER),
+    v.MarkBehind: (st.builds(v.MarkBehind, COUNT), st.none()),
 }
 EVERY_RPC = pytest.mark.parametrize("rpc", RPCS.values(), ids=lambda rpc: rpc.name)
 quick = settings(max_examples=25, deadline=None)

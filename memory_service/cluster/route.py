@@ -1,0 +1,167 @@
+"""One try of a call by one shard map: asking a shard means asking its replicas until one answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from memory_service.cluster.health import Health
+from memory_service.cluster.known import Known
+from memory_service.cluster.options import ClusterOptions, OnMissing
+from memory_service.cluster.steps import Ask, Budget, First, Flow, Pause, Together, outcomes
+from memory_service.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FotError,
+    PermissionDenied,
+    ResourceExhausted,
+    SessionExpired,
+    Unavailable,
+)
+from memory_service.shards import Shard, ShardMap, Stamps
+from memory_service.verbs import MarkBehind, Verb
+
+Answer = TypeVar("Answer")
+
+MISSING = "SHARD_MISSING"  # Reason of an Unavailable: no replica of the shards it names can answer.
+BEHIND = "BEHIND"  # Reason of an Unavailable: the replica is there, but may lack writes.
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 1.0
+MARK_S = 5.0
+
+
+def missing(error: object) -> bool:
+    """Whether an error says that whole shards cannot be asked."""
+    return isinstance(error, Unavailable) and error.code == MISSING
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """What a try of a call needs."""
+
+    map: ShardMap
+    budget: Budget
+    options: ClusterOptions
+    health: Health
+    known: Known
+    stamps: Stamps
+
+    @property
+    def degrades(self) -> bool:
+        return self.options.on_missing is OnMissing.DEGRADE
+
+    def at(self, address: str, verb: Verb[Answer]) -> Flow[Answer]:
+        """Ask one process, and remember whether it answered."""
+        try:
+            if missed := self.health.owed(address):
+                yield from self._pay(address, missed)
+            answer: Answer = yield Ask(address, verb, self.budget.left_s, self.map.epoch)
+        except (Unavailable, DeadlineExceeded):
+            self.health.failed(address)
+            raise
+        except FotError:
+            self.health.up(address)
+            raise
+        self.health.up(address)
+        return answer
+
+    def ask(self, shard: Shard, verb: Verb[Answer], avoid: frozenset[str] = frozenset(), patient: bool = True) -> Any:
+        """Ask a shard: one replica, and the next if that cannot answer. A flow.
+
+        `avoid` are replicas asked last. Raises Unavailable with the reason MISSING if none answers.
+        """
+        patience = _Patience(self.budget, self.options.patience_s if patient and not self.degrades else 0.0)
+        while True:
+            order = self.health.order(shard.addresses)
+            order.sort(key=lambda address: address in avoid)
+            try:
+                if self.options.hedge_s is not None and len(order) > 1:
+                    later = self._in_turn(shard, order[1:], verb)
+                    return (yield First(self._in_turn(shard, order[:1], verb), later, self.options.hedge_s))
+                return (yield from self._in_turn(shard, order, verb))
+            except Unavailable as error:
+                pause = patience.pause_s() if missing(error) else None
+                if pause is None:
+                    raise
+            yield Pause(pause)
+
+    def ask_shards(self, shards: Iterable[Shard], verb: Verb[Answer]) -> Flow[list[Answer]]:
+        """Ask every shard. Raises Unavailable naming all that cannot answer, else the first error."""
+        found = outcomes((yield Together([self.ask(shard, verb) for shard in shards])))
+        self.check_missing(found)
+        for one in found:
+            if isinstance(one, FotError):
+                raise one
+        return list(found)
+
+    def tell(self, shard: Shard, address: str, verb: Verb[Answer]) -> Any:
+        """Ask one replica, patiently where there is no other. A flow."""
+        return self.at(address, verb) if len(shard.addresses) > 1 else self.ask(shard, verb)
+
+    def everywhere(self, addresses: Iterable[str], verb: Verb[Answer]) -> Flow[dict[str, Answer | FotError]]:
+        """Ask these processes, all of them: what each answered, errors as values."""
+        listed = list(addresses)
+        found = outcomes((yield Together([self.at(address, verb) for address in listed])))
+        return dict(zip(listed, found, strict=True))
+
+    def check_missing(self, found: Sequence[object]) -> None:
+        """Raise one Unavailable that names every shard that is missing."""
+        lost = [one for one in found if isinstance(one, FotError) and missing(one)]
+        if len(lost) == 1:
+            raise lost[0]
+        if lost:
+            names = ",".join(one.metadata.get("shards", "") for one in lost)
+            raise Unavailable("; ".join(one.message for one in lost), reason=MISSING, shards=names)
+
+    def _in_turn(self, shard: Shard, addresses: Sequence[str], verb: Verb[Answer]) -> Flow[Answer]:
+        failures: list[FotError] = []
+        expired: list[str] = []
+        for address in addresses:
+            try:
+                answer = yield from self.at(address, verb)
+                self.known.lose_sessions(verb, expired)
+                return answer
+            except (Unavailable, DataLoss, SessionExpired, ResourceExhausted) as error:
+                failures.append(error)
+                if isinstance(error, SessionExpired):
+                    expired.append(address)
+        # What a replica said of itself tells more than that another was not there.
+        for kind in (SessionExpired, DataLoss, ResourceExhausted):
+            for error in failures:
+                if isinstance(error, kind):
+                    raise error
+        raise lost_shard(shard, failures)
+
+    def _pay(self, address: str, missed: int) -> Flow[None]:
+        """Tell a replica that it missed a change, before it is asked anything."""
+        try:
+            yield Ask(address, MarkBehind(missed), min(MARK_S, self.budget.left_s), 0)
+        except PermissionDenied:
+            return
+        self.health.paid(address, missed)
+
+
+def lost_shard(shard: Shard, failures: Sequence[FotError]) -> Unavailable:
+    """The error of a shard none of whose replicas answers."""
+    if failures and all(error.code == BEHIND for error in failures):
+        told = f"every replica of shard {shard.id} may lack writes; heal the cluster ({', '.join(shard.addresses)})"
+    else:
+        why = failures[0].message if failures else "no answer"
+        told = f"no replica of shard {shard.id} answers ({', '.join(shard.addresses)}): {why}"
+    return Unavailable(told, reason=MISSING, shards=shard.id)
+
+
+class _Patience:
+    """How long a shard is tried."""
+
+    def __init__(self, budget: Budget, patience_s: float):
+        self._budget = budget
+        self._until = min(budget.until, budget.now() + patience_s)
+        self._attempts = 0
+
+    def pause_s(self) -> float | None:
+        """Seconds until the next attempt; None if it is enough."""
+        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._attempts)
+        self._attempts += 1
+        return pause if self._budget.now() + pause < self._until else None
