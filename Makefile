@@ -28,7 +28,7 @@ passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,1
 		--json passkey-results/passkey.json --plot passkey-results/passkey.png
 
 STUDY = $(BIN)/fot eval $(1) --json eval-results/$(1).json --plot eval-results/$(1).png
-eval: setup  ## Run every study with the models that come along; results go to eval-results/ (half an hour)
+eval: setup  ## Run every study with the models that come along; results go to eval-results/
 	mkdir -p eval-results
 	$(call STUDY,needle)
 	$(call STUDY,lookup)

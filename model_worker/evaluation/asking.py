@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -84,7 +85,7 @@ class MemoryAsker:
             raise InvalidArgument("this model has no memory layers, so it could not remember the prompt")
         self._base, self._fot, self._client, self._asking, self._study = base, fot, client, asking, study
         self._spec = spec_of(base, fot, index=index_policy(asking.index))
-        with fresh_memory(client, self._spec, study) as memory, FotModel(base, fot, memory):
+        with fresh_memory(client, self._spec, study, Watched) as memory, FotModel(base, fot, memory):
             nothing = torch.zeros(self._spec.kv_heads, 1, self._spec.head_dim)
             layer, engine, search = fot.mem_layers[0], asking.engine, asking.search
             memory.attend(layer, nothing, top_k=asking.top_k, engine=engine, search=search)
@@ -93,7 +94,9 @@ class MemoryAsker:
     def ask(self, question: Question, on_tokens: OnTokens) -> Asked:
         """Read the prompt and answer it."""
         with ExitStack() as stack:
-            memory = stack.enter_context(fresh_memory(self._client, self._spec, self._study, on_tokens))
+            memory = stack.enter_context(
+                fresh_memory(self._client, self._spec, self._study, partial(Watched, on_tokens=on_tokens))
+            )
             model = stack.enter_context(FotModel(self._base, self._fot, memory))
             return self._ask(model, memory, question, on_tokens)
 

@@ -6,11 +6,11 @@ W windows, R records of a window, H query heads, K top_k.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from memory_service.errors import InvalidArgument
 from model_worker.encoding import Encoder
 from model_worker.evaluation.dictionary_scores import NOWHERE, Found
 from model_worker.evaluation.dictionary_world import Questions, World
-from model_worker.evaluation.memories import index_policy
+from model_worker.evaluation.memories import fresh_memory, index_policy
 from model_worker.fitting import config_of, spec_of
 from model_worker.hf import checkpoint
 from model_worker.model import FotModel
@@ -248,14 +248,12 @@ class Library:
 @contextmanager
 def library(player: Player, client: Client) -> Iterator[Library]:
     """An empty memory with a name nobody else has, and the model reading from it; deleted at exit."""
-    name = f"dictionary-{secrets.token_hex(6)}"
     spec = spec_of(player.base, player.fot, player.name, index_policy("auto"))
-    memory = TimedMemory(client.connection, client.connection.find_memory(name, spec), owner=False)
-    try:
-        with FotModel(player.base, player.fot, memory) as model:
-            yield Library(model, memory)
-    finally:
-        client.delete(name)
+    with (
+        fresh_memory(client, spec, "dictionary", partial(TimedMemory, owner=False)) as memory,
+        FotModel(player.base, player.fot, memory) as model,
+    ):
+        yield Library(model, memory)
 
 
 def _narrowed(read: Read, queries: Tensor) -> Read:

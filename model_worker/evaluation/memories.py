@@ -6,11 +6,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
-from memory_service import DeadlineExceeded, FailedPrecondition, IndexPolicy, Memory, MemorySpec, Unavailable
+from memory_service import DeadlineExceeded, FailedPrecondition, IndexPolicy, Memory, MemorySpec, NotFound, Unavailable
 from memory_service.client import Client
 from memory_service.client.connection import Connection
 from memory_service.types import MemoryInfo, OperationState, SessionAppend
+
+Kind = TypeVar("Kind", bound=Memory)
 
 # Built when asked for, so that no background build takes the processor from what is measured.
 INDEXED_WHEN_ASKED = 1 << 40
@@ -19,7 +22,7 @@ INDEXED_WHEN_ASKED = 1 << 40
 class Watched(Memory):
     """A memory that tells how many tokens its sessions were given."""
 
-    def __init__(self, connection: Connection, info: MemoryInfo, on_tokens: Callable[[int], None]):
+    def __init__(self, connection: Connection, info: MemoryInfo, on_tokens: Callable[[int], None] = lambda _: None):
         super().__init__(connection, info, owner=False)
         self._on_tokens = on_tokens
         self.filled_at = time.perf_counter()  # When the last tokens had arrived.
@@ -35,16 +38,15 @@ class Watched(Memory):
 
 @contextmanager
 def fresh_memory(
-    client: Client, spec: MemorySpec, study: str, on_tokens: Callable[[int], None] = lambda _: None
-) -> Iterator[Watched]:
+    client: Client, spec: MemorySpec, study: str, made: Callable[[Connection, MemoryInfo], Kind]
+) -> Iterator[Kind]:
     """A new memory with a name nobody else has, "passkey-3f8a…"; deleted at exit."""
     name = f"{study}-{secrets.token_hex(6)}"
-    memory = Watched(client.connection, client.connection.find_memory(name, spec), on_tokens)
     try:
-        yield memory
+        yield made(client.connection, client.connection.find_memory(name, spec))
     finally:
         # Where nobody answers any more, the error that is on its way says so.
-        with suppress(Unavailable, DeadlineExceeded):
+        with suppress(Unavailable, DeadlineExceeded, NotFound):
             client.delete(name)
 
 

@@ -63,7 +63,7 @@ def run(
             *bands, whole = report.rows[first : first + depths + 1]
             rows.append({"filler": str(plan.filler), **whole, "depths": [dict(band) for band in bands]})
     share = sum((Share(row["found"], row["trials"]) for row in rows), Share(0, 0))
-    figures = {"accuracy": share.value, "low": share.low, "high": share.high, "trials": float(share.trials)}
+    figures = {"accuracy": share.value, "low": share.low, "high": share.high, "trials": share.trials}
     figures |= {f"accuracy_{row['filler']}_{row['tokens']}": row["accuracy"] for row in rows}
     settings = {
         **subject.told(), "fillers": list(fillers), "lengths": list(lengths), "trials": trials, "depths": depths,

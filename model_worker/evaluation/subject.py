@@ -33,7 +33,7 @@ from memory_service import (
 )
 from model_worker.encoding import Encoder
 from model_worker.evaluation.haystacks import Cloze
-from model_worker.evaluation.memories import built_index, fresh_memory, index_policy
+from model_worker.evaluation.memories import Watched, built_index, fresh_memory, index_policy
 from model_worker.evaluation.place import Place
 from model_worker.fitting import config_of, spec_of
 from model_worker.hf import checkpoint
@@ -153,7 +153,7 @@ class Subject:
         """
         spec = replace(self.spec, index=index_policy(factory))
         with (
-            fresh_memory(self.client, spec, "eval") as memory,
+            fresh_memory(self.client, spec, "eval", Watched) as memory,
             FotModel(self.base, self.fot, memory, self.settings.recall) as model,
         ):
             yield Library(model)

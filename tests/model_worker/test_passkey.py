@@ -22,7 +22,7 @@ from model_worker.cli.options import sizes_of
 from model_worker.cli.passkey_progress import PasskeyProgress
 from model_worker.evaluation import asking, passkey
 from model_worker.evaluation.asking import Asking, MemoryAsker, Store
-from model_worker.evaluation.memories import fresh_memory
+from model_worker.evaluation.memories import Watched, fresh_memory
 from model_worker.evaluation.passkey import Plan, run, shares
 from model_worker.evaluation.questions import DISTRACTOR_TOKENS, Wording
 from model_worker.evaluation.trials import Asked, Question, bands_of, trials_of
@@ -193,7 +193,7 @@ def test_the_answer_is_what_generate_says(tokenizer: Tokenizer) -> None:
     question = question_of(tokenizer)
     with (
         Client.open(":memory:") as client,
-        fresh_memory(client, spec_of(tiny_model(), FOT), "test") as memory,
+        fresh_memory(client, spec_of(tiny_model(), FOT), "test", Watched) as memory,
         FotModel(tiny_model(), FOT, memory) as model,
     ):
         whole = model.generate(
