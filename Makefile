@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "fot needs Python 3.11 or newer; none was found (set PYTHON=/path/to/python)" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-input -c constraints.txt setuptools $$(grep '^torch==' constraints.txt)
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-input -c constraints.txt --no-build-isolation -e '.[worker,curves,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-input -c constraints.txt --no-build-isolation -e '.[worker,serving,ray,curves,dev]'
 	@touch $@
 
 passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,144 tokens (under three minutes on two cores)

@@ -1,0 +1,1 @@
+"""Many processes on many nodes. The only room that imports Ray."""

@@ -1,0 +1,1 @@
+"""Many requests through one model at once. Knows neither HTTP nor Ray."""

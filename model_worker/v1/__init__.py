@@ -1,0 +1,1 @@
+"""Generated from protos/model_worker/v1; never edited."""
