@@ -241,6 +241,7 @@ def _options(address: Address, line: Line) -> list[tuple[str, Any]]:
         ("grpc.max_reconnect_backoff_ms", line.reconnect_ms),
         ("grpc.keepalive_time_ms", line.alive_ms),
         ("grpc.keepalive_timeout_ms", line.answer_ms),
+        ("grpc.http2.ping_timeout_ms", line.answer_ms),  # A minute unless told, whatever the line before says.
     ]
     renamed = address.tls.server_name if address.tls else None
     return [*options, ("grpc.ssl_target_name_override", renamed)] if renamed else options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,6 +199,24 @@ def test_new_addresses_of_the_same_shards_move_nothing(four: list[Service]) -> N
         assert keeper.status().whole
         four[1].stop()
         assert [one.id for one in memory.documents()] == sorted(IDS)
+
+
+def test_a_shard_that_comes_back_elsewhere_is_found(four: list[Service]) -> None:
+    with cluster(four[:2]) as (memory, keeper):
+        mine = [name for name in IDS if keeper.map.owner("m", name).id == "s1"]
+        four[1].stop()
+        moved = Service(four[1].directory)
+        moved.start()
+        try:
+            keeper.publish(shards(four[:1], [moved]))
+            began = time.monotonic()
+            # Only the dead address is asked, by a map that nobody there can call old.
+            assert memory.get(mine[0]).tokens == 3
+            memory.put(mine[1], *drawn(70, 4), replace=True)
+            assert memory.attend(LAYER, torch.ones(2, 1, 8)).coverage.searched == 3 * len(IDS) + 1
+            assert time.monotonic() - began < 5.0
+        finally:
+            moved.stop()
 
 
 def test_a_name_stands_for_the_same_processes_before_and_after(four: list[Service]) -> None:
