@@ -29,7 +29,9 @@ from memory_service import (
 from memory_service.auth import TokenFile
 from memory_service.client.remote import RemotePlace
 from memory_service.cluster.caretaker import Caretaker
+from memory_service.cluster.copying import memories_at
 from memory_service.cluster.directory import Directory, Seeds
+from memory_service.cluster.healing import Healed, heal_shard
 from memory_service.cluster.health import Health
 from memory_service.cluster.opening import Reach
 from memory_service.cluster.options import ClusterOptions
@@ -41,9 +43,11 @@ from memory_service.types import Conflict, Document, DocumentInfo, Identity, Rol
 from memory_service.verbs import (
     CreateMemory,
     DeleteDocument,
+    DeleteMemory,
     GetDocument,
     ListDeleted,
     ListDocuments,
+    ListMemories,
     MarkBehind,
     PutDocument,
     SetShardMap,
@@ -228,6 +232,33 @@ def test_memories_created_and_deleted_meanwhile_are_healed_too(pairs: list[Servi
         keeper.heal()
         shard[1].stop()
         assert [one.name for one in client.memories()] == ["new"]
+
+
+def test_healing_does_not_bring_back_a_memory_that_is_being_deleted(pairs: list[Service]) -> None:
+    addresses = [one.address for one in pairs[:2]]
+
+    class Deleting(Lines):
+        """The memory goes from the second service only once that was asked for it."""
+
+        def place(self, authority: str) -> RemotePlace:
+            real = super().place(authority)
+
+            class Place:
+                def run(self, verb: Verb[Any], timeout_s: float) -> Any:
+                    answer = real.run(verb, timeout_s)
+                    if isinstance(verb, ListMemories) and authority == addresses[1] and answer.items:
+                        real.run(DeleteMemory("m"), 5.0)
+                    return answer
+
+            return cast(RemotePlace, Place())
+
+    with opened(pairs[:2]) as memory, closing(Deleting(Reach("test", None, None).address)) as lines:
+        put(memory, "d", 1)
+        lines.place(addresses[0]).run(DeleteMemory("m"), 5.0)
+        places = {address: lines.place(address) for address in addresses}
+        shards = ShardMap(1, (Shard("s0", tuple(addresses)),))
+        heal_shard(shards, shards.shards[0], places, addresses, Healed(), lambda done, whole: None)
+        assert [list(memories_at(place)) for place in places.values()] == [[], []]
 
 
 def test_a_missed_write_is_told_to_the_replica_that_missed_it() -> None:
