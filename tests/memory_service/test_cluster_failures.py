@@ -564,7 +564,7 @@ def test_a_map_that_is_always_old_is_an_error_in_the_end() -> None:
 
 def test_who_failed_is_asked_last_until_one_call_may_try() -> None:
     now = 0.0
-    health = Health(lambda _: now)
+    health = Health(lambda: now)
     health._turn = 0
     health.failed("a")
     assert health.order(["a", "b"]) == ["b", "a"]

@@ -99,7 +99,7 @@ def test_readers_and_writers_notice_nothing_of_a_move(four: list[Service]) -> No
 
         def read() -> None:
             with Memory.open(where, "m") as memory:
-                while not stop.is_set():
+                while not stop.wait(0.005):
                     found = memory.attend(LAYER, torch.ones(2, 1, 8), where="number < 12", top_k=100, tokens=True)
                     assert found.tokens is not None
                     if found.coverage.in_scope != 36 or (found.tokens.source >= 0).sum() != 2 * 36:
@@ -108,7 +108,7 @@ def test_readers_and_writers_notice_nothing_of_a_move(four: list[Service]) -> No
         def write() -> None:
             with Memory.open(where, "m") as memory:
                 number = 0
-                while not stop.is_set():
+                while not stop.wait(0.005):
                     name = f"w{number % 7}"
                     memory.put(name, *drawn(number, 2), replace=True, metadata={"number": 100})
                     if memory.get(name).tokens != 2:

@@ -94,7 +94,7 @@ class Load:
 
     def _run(self, number: int, work: Callable[[], None]) -> None:
         try:
-            while not self._stop.is_set():
+            while not self._stop.wait(0.01):  # A process that starts needs the core too.
                 work()
                 self.done[number] += 1
         except BaseException as error:
