@@ -25,6 +25,9 @@ from memory_service.types import Document
 from memory_service.verbs import GetDocument, ListDocuments, PutDocument
 from tests.memory_service.clusters import LAYER, SPEC, Process, drawn, processes, target, until
 
+# Three processes that all import torch at the same time take a minute where many others do so.
+pytestmark = pytest.mark.timeout(300)
+
 KEPT = {f"d{number}": number for number in range(8)}
 QUERIES = torch.randn(4, 3, SPEC.head_dim, generator=torch.Generator().manual_seed(7))
 
