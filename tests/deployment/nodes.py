@@ -23,6 +23,11 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # As Ray will have it by default; it warns otherwise.
+    # A node is gone when it was silent for a second and a half, not for fifteen.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "300",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "5",
     "FOT_DRAIN_GRACE_S": "0.2",
     "FOT_ATTEND_THREADS": "1",
 }
