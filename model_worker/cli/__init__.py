@@ -23,7 +23,7 @@ Answer = TypeVar("Answer")
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the worker's commands to `fot` and its measurements to `fot bench`."""
-    from model_worker.cli import evaluate, passkey, train
+    from model_worker.cli import evaluate, memory_cluster, passkey, train
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
     from model_worker.cli.bench import decode, prefill
@@ -36,6 +36,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     app.command("attention")(needs_worker(attention))
     for room in (train, passkey, evaluate):
         room.register(app)
+    memory_cluster.register(app)
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
 
