@@ -90,7 +90,7 @@ class Feeder:
         if store is not None:
             store.finish(prefix)
         for row, stop in enumerate(prefix):
-            state.texts[row] = torch.cat([state.texts[row], texts[row][:stop]])
+            state.lines[row].said(texts[row][:stop].tolist())
 
     def _walk(self, state: State, texts: list[Tensor], prefix: list[int], on_logits: Any) -> None:
         """Windows one after another, on top of what the rows' windows hold already."""
@@ -109,5 +109,6 @@ class Feeder:
         step = WindowStep(state.window, self._fot.mem_layers, state)
         logits = self._decoder.logits(ids.to(self._decoder.device), step, keep)
         state.window.advance(ids.shape[1])
-        state.texts = [torch.cat([old, new]) for old, new in zip(state.texts, texts, strict=True)]
+        for line, text in zip(state.lines, texts, strict=True):
+            line.said(text.tolist())
         return logits
