@@ -55,6 +55,11 @@ class State:
         return self._rows
 
     @property
+    def reader(self) -> Reader | None:
+        """What the rows it began with read and write; None without a memory."""
+        return self._reader
+
+    @property
     def recall(self) -> Recall:
         """How memory is read; setting it sets it for every row."""
         return self._recall
@@ -209,7 +214,7 @@ class State:
         self.window.reserve(tokens, pads, pads_count=self.fot.cut is Cut.BATCH)
         self._pads = list(pads)
 
-    def _failed(self, line: Line, error: FotError) -> None:
+    def _failed(self, line: Line, error: Exception) -> None:
         """What went wrong is kept where rows stand for themselves, else raised."""
         if not self._apart:
             raise error
@@ -315,8 +320,12 @@ class State:
         if any(line.recall.on_read is not None for line in self.lines):
             shares = torch.sigmoid(found.lse - near.lse.to(found.lse))  # [B, H, n]
             for line, answer, share, span in zip(self.lines, answers, shares, spans, strict=True):
-                if answer is not None and (listen := line.recall.on_read) is not None:
+                if answer is None or (listen := line.recall.on_read) is None:
+                    continue
+                try:
                     listen(Read(layer, line.number, len(line.ids), answer, share[:, span]))
+                except Exception as error:  # Whatever a listener does, it is its row's affair.
+                    self._failed(line, error)
         return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memory_service import FotError, Scope
+from memory_service import Scope
 from model_worker.recall.reader import Reader
 from model_worker.recall.rows import Row, Rows
 from model_worker.settings import Recall
@@ -24,7 +24,7 @@ class Line:
     reader: Reader | None
     recall: Recall
     ids: array[int] = field(default_factory=lambda: array("q"))  # Every token fed so far.
-    error: FotError | None = None  # Why it cannot go on, where the other rows can.
+    error: Exception | None = None  # Why it cannot go on, where the other rows can.
     documents: Scope = field(init=False)  # Of the recall, worked out once.
     manner: Hashable = field(init=False)  # Rows of equal manner are asked for in one call.
 
@@ -51,7 +51,7 @@ class Line:
         """Count these tokens as fed."""
         self.ids.extend(ids)
 
-    def fail(self, error: FotError) -> None:
+    def fail(self, error: Exception) -> None:
         """Note the first thing that went wrong."""
         if self.error is None:
             self.error = error
