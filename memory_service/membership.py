@@ -94,5 +94,7 @@ def _load(path: Path, vfs: Vfs) -> Member:
 
 
 def _map(found: dict[str, Any]) -> ShardMap:
-    both = [tuple(Shard(one["id"], tuple(one["addresses"])) for one in found[name]) for name in ("shards", "also")]
-    return ShardMap(found["epoch"], *both, found["switched"])
+    shards, also = (
+        tuple(Shard(one["id"], tuple(one["addresses"])) for one in found[name]) for name in ("shards", "also")
+    )
+    return ShardMap(found["epoch"], shards, also, found["switched"])

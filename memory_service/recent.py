@@ -53,9 +53,7 @@ class Recent:
             self._drop(key)
             self._found[key] = (self._now(), found)
             self._nbytes += found.nbytes
-            oldest = self._now() - _SECONDS
-            while self._found and (self._nbytes > SIZE_BYTES or next(iter(self._found.values()))[0] < oldest):
-                self._drop(next(iter(self._found)))
+            self._forget()
 
     def take(self, key: Hashable) -> Found | None:
         """A finding, once: nobody asks a third time."""
@@ -63,6 +61,16 @@ class Recent:
             known = self._found.get(key)
             self._drop(key)
         return None if known is None or known[0] < self._now() - _SECONDS else known[1]
+
+    def expire(self) -> None:
+        """Let go of what is too old, and of the slabs it was found in."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        oldest = self._now() - _SECONDS
+        while self._found and (self._nbytes > SIZE_BYTES or next(iter(self._found.values()))[0] < oldest):
+            self._drop(next(iter(self._found)))
 
     def _drop(self, key: Hashable) -> None:
         known = self._found.pop(key, None)

@@ -131,7 +131,7 @@ class Store:
             verbs.SetShardMap: lambda t, v, _: self.membership.set(v),
             verbs.MarkBehind: lambda t, v, _: self.membership.mark_behind(v.missed),
         }
-        chores = (self._documents.expire, self._sessions.expire, self._prune)
+        chores = (self._documents.expire, self._sessions.expire, self._recent.expire, self._prune)
         self._background = Background(
             self._live, self._upkeep, self._operations, self._writable, chores, self._storage_failed
         )

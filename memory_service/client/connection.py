@@ -24,6 +24,11 @@ class Connection:
         self.timeout_s = timeout_s
 
     @property
+    def remote(self) -> bool:
+        """Whether calls cross a network."""
+        return self.place.remote
+
+    @property
     def target(self) -> str:
         """Where this is."""
         return self.place.target

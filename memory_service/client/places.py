@@ -43,6 +43,11 @@ class Place(Protocol):
     @property
     def target(self) -> str: ...
 
+    @property
+    def remote(self) -> bool:
+        """Whether calls cross a network."""
+        ...
+
     def run(self, verb: Verb[Answer], timeout_s: float) -> Answer:
         """Raises `FotError`; DeadlineExceeded after `timeout_s`."""
         ...
@@ -65,6 +70,8 @@ class AsyncPlace(Protocol):
 
 class LocalPlace:
     """A store in this process. Stores of a directory are shared and closed by the last who lets go."""
+
+    remote = False
 
     def __init__(self, directory: Path | None, options: StoreOptions | None = None):
         self.target = IN_MEMORY if directory is None else str(directory)

@@ -30,9 +30,6 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # A service that restarts is back within seconds; gRPC's own pauses grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Notice a peer that vanished without a word.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     # Two clients with different tokens must not share a connection that one of them closes.
     ("grpc.use_local_subchannel_pool", 1),
     # Retries are decided here, by verb.
@@ -56,6 +53,8 @@ class Line:
     patience_s: float = PATIENCE_S  # A call that may be repeated is, for so long.
     connect_ms: int = 100  # For one attempt to connect.
     reconnect_ms: int = 1000  # Between attempts, at most.
+    alive_ms: int = 60_000  # After so long without a word a peer is asked whether it is there; …
+    answer_ms: int = 20_000  # … and taken for gone if it does not say so.
 
 
 PATIENT = Line()
@@ -63,6 +62,8 @@ PATIENT = Line()
 
 class RemotePlace:
     """A service, asked from any number of threads over one connection."""
+
+    remote = True
 
     def __init__(self, address: Address, line: Line = PATIENT):
         self.target = address.target
@@ -238,6 +239,8 @@ def _options(address: Address, line: Line) -> list[tuple[str, Any]]:
         *CHANNEL_OPTIONS,
         ("grpc.min_reconnect_backoff_ms", line.connect_ms),  # It also bounds one attempt, and nothing else does.
         ("grpc.max_reconnect_backoff_ms", line.reconnect_ms),
+        ("grpc.keepalive_time_ms", line.alive_ms),
+        ("grpc.keepalive_timeout_ms", line.answer_ms),
     ]
     renamed = address.tls.server_name if address.tls else None
     return [*options, ("grpc.ssl_target_name_override", renamed)] if renamed else options

@@ -16,7 +16,7 @@ from torch import Tensor
 from memory_service.cluster import merging
 from memory_service.cluster.known import unknown_tokens
 from memory_service.cluster.route import Route, missing
-from memory_service.cluster.sessions import home_of, spec_of
+from memory_service.cluster.sessions import home_of, layer_of
 from memory_service.cluster.steps import Flow, Together, answers, outcomes
 from memory_service.errors import FotError
 from memory_service.shards import Shard, ranked
@@ -32,7 +32,7 @@ from memory_service.types import (
     Scope,
     TopTokens,
 )
-from memory_service.verbs import Attend, ListDocuments, Search
+from memory_service.verbs import Attend, ListDocuments, Search, Verb
 
 _PAGE = 1000
 Parts = dict[str, AttendGroup]  # Shard -> what is asked of it.
@@ -48,8 +48,7 @@ class _Gap:
 
 def attend(route: Route, verb: Attend) -> Flow[tuple[Attended, ...]]:
     """Answers of all groups, in order."""
-    spec = yield from spec_of(route, verb.memory)
-    layer = spec.layer_index(verb.layer)
+    layer = yield from layer_of(route, verb.memory, verb.layer)
     split = [_parts(route, verb.memory, group, layer) for group in verb.groups]
     gaps = [_Gap() for _ in verb.groups]
     found: list[Attended | None] = [None] * len(verb.groups)
@@ -74,8 +73,7 @@ def attend(route: Route, verb: Attend) -> Flow[tuple[Attended, ...]]:
 
 def search(route: Route, verb: Search) -> Flow[tuple[TopTokens, ...]]:
     """The best tokens of all groups, in order."""
-    spec = yield from spec_of(route, verb.memory)
-    layer = spec.layer_index(verb.layer)
+    layer = yield from layer_of(route, verb.memory, verb.layer)
     split = {number: _parts(route, verb.memory, group, layer) for number, group in enumerate(verb.groups)}
     gaps = [_Gap() for _ in verb.groups]
     found = yield from _ask(route, verb, split, verb.options, gaps, layer)
@@ -176,7 +174,7 @@ def _ask_one(
         for one in group.scope.sessions:
             known = route.known.session(one.id)
             lost |= known.lost if known else set()
-    asked = replace(verb, groups=tuple(groups), options=options, placement=placement)
+    asked: Verb[Any] = replace(verb, groups=tuple(groups), options=options, placement=placement)
     return (yield from route.ask(shard, asked, frozenset(lost)))
 
 

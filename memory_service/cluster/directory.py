@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Directory(Protocol):
         """
         ...
 
+    def nodes(self) -> Mapping[str, str]:
+        """The machine each process runs on, by address, as far as that is known."""
+        ...
+
 
 class Seeds:
     """A list of addresses. Where none of them was told a map, they are told one that follows the list's order."""
@@ -41,12 +46,16 @@ class Seeds:
         self._place = place
         self._lock = threading.Lock()
         self._map: ShardMap | None = None
+        self._looked = 0.0
 
     def find(self, above: int) -> ShardMap:
         """The newest map any process knows. Raises Unavailable if nobody answers, or not all who need a first map."""
+        arrived = time.monotonic()
         with self._lock:
-            if self._map is not None and self._map.epoch > above:
+            # Of many callers one looks; what it found holds for all who were waiting when it began.
+            if self._map is not None and (self._map.epoch > above or self._looked > arrived):
                 return self._map
+            self._looked = time.monotonic()
             known = self._map.addresses if self._map is not None else ()
             members = members_of(dict.fromkeys([*known, *self._authorities]), self._place)
             maps = [one.map for one in members.values() if isinstance(one, Member) and one.map is not None]
@@ -55,6 +64,10 @@ class Seeds:
             elif self._map is None:
                 self._map = self._tell_first(members)
             return self._map
+
+    def nodes(self) -> Mapping[str, str]:
+        """Nothing: a list of addresses does not say."""
+        return {}
 
     def _tell_first(self, members: dict[str, Member | FotError]) -> ShardMap:
         for one in members.values():

@@ -9,12 +9,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 from memory_service.cluster.route import FIRST_PAUSE_S, LONGEST_PAUSE_S, Route, lost_shard
 from memory_service.cluster.steps import Flow, Pause, Together, outcomes
 from memory_service.errors import (
-    AlreadyExists,
     FotError,
     InvalidArgument,
     NotFound,
@@ -22,9 +22,9 @@ from memory_service.errors import (
     Superseded,
     Unavailable,
 )
-from memory_service.shards import Shard
+from memory_service.shards import Member, Shard
 from memory_service.types import Conflict, DocumentInfo
-from memory_service.verbs import DeleteDocument, Fetch, GetDocument, PutDocument, Verb
+from memory_service.verbs import DeleteDocument, Fetch, GetDocument, GetShardMap, PutDocument, Verb
 
 _TRIES = 5  # Of stamps, where clocks differ.
 Told = dict[str, Any]  # Address -> what it answered, errors as values.
@@ -44,17 +44,18 @@ def put(route: Route, verb: PutDocument) -> Flow[DocumentInfo]:
     """Store a document in every replica of its owner, and while it moves of the next owner too."""
     verb = replace(verb, request_id=verb.request_id or secrets.token_hex(16))
     shards = route.map.writers(verb.memory, verb.document.id)
-    write = _create if verb.conflict is Conflict.FAIL and sum(len(s.addresses) for s in shards) > 1 else _replace
-
-    def stamped(generation: int) -> Verb[DocumentInfo]:
-        return replace(verb, generation=generation)
+    several = sum(len(shard.addresses) for shard in shards) > 1
 
     def deliver(generation: int) -> Flow[Told]:
-        return write(route, shards, stamped(generation))
+        stamped = replace(verb, generation=generation)
+        if verb.conflict is Conflict.FAIL and several:
+            return _create(route, shards, stamped)
+        return _replace(route, shards, stamped)
 
     told = yield from _written(route, shards, deliver, verb.generation)
     info = next(one for one in told.values() if isinstance(one, DocumentInfo))
-    route.known.learn_document(verb.memory, info)
+    if route.degrades:
+        route.known.learn_document(verb.memory, info)
     return info
 
 
@@ -76,25 +77,30 @@ def delete(route: Route, verb: DeleteDocument) -> Flow[None]:
 
 def _written(route: Route, shards: Sequence[Shard], deliver: Callable[[int], Flow[Told]], given: int) -> Flow[Told]:
     """Deliver a write until its owner has it. Raises what refused it, or Unavailable when patience ends."""
-    generation = given or route.stamps.next()
+    stamp = route.stamp
+    stamp.generation = stamp.generation or given or route.stamps.next()
     until = min(route.budget.until, route.budget.now() + route.options.patience_s)
     pause, tries = FIRST_PAUSE_S, 0
     while True:
-        told = yield from deliver(generation)
+        told = yield from deliver(stamp.generation)
         newer = [one for one in told.values() if isinstance(one, Superseded)]
         if newer and not given and not any(_accepted(one) for one in told.values()) and tries < _TRIES:
             # Nobody took it: a clock is ahead of ours. (If some did, another write came in between, and holds.)
             tries += 1
             for one in newer:
                 route.stamps.see(int(one.metadata["generation"]))
-            generation = route.stamps.next()
+            stamp.generation = route.stamps.next()
             continue
         # While a document moves its next owner needs it as much: it is read there as soon as the map says so.
         if all(_enough(route, shard, told) for shard in shards):
-            _note_missed(route, told, generation)
+            _note_missed(route, told, stamp.generation)
             return told
-        if not _enough(route, shards[0], told) and (refused := _refusal(shards[0], told)) is not None:
-            raise refused
+        if not _enough(route, shards[0], told):
+            refused = _refusal(shards[0], told)
+            hearsay = isinstance(refused, NotFound) and (yield from _is_hearsay(route, shards[0], told))
+            if refused is not None and not hearsay:
+                raise refused
+        yield from route.look()
         if route.budget.now() + pause >= until:
             lost = next(shard for shard in shards if not _enough(route, shard, told))
             raise lost_shard(lost, [told[a] for a in lost.addresses if isinstance(told.get(a), FotError)])
@@ -119,10 +125,11 @@ def _enough(route: Route, shard: Shard, told: Told) -> bool:
 
 def _refusal(shard: Shard, told: Told) -> FotError | None:
     """Why the owner refuses the write, if that is final; None if its replicas were only away."""
-    errors = [told[address] for address in shard.addresses if isinstance(told.get(address), FotError)]
+    answered = [told[address] for address in shard.addresses if address in told]
+    errors: list[FotError] = [one for one in answered if isinstance(one, FotError)]
     gone = [error for error in errors if isinstance(error, NotFound)]
     if gone:
-        # Nothing to delete, or no memory to write to. A replica that is away cannot know better: it is behind.
+        # Nothing to delete, or no memory to write to.
         return gone[0]
     final = [error for error in errors if not isinstance(error, Unavailable | Superseded)]
     if final:
@@ -130,10 +137,19 @@ def _refusal(shard: Shard, told: Told) -> FotError | None:
     return next((error for error in errors if isinstance(error, Superseded)), None)
 
 
+def _is_hearsay(route: Route, shard: Shard, told: Told) -> Flow[bool]:
+    """Whether only replicas that may lack writes say that there is nothing, while one is away that may know better."""
+    if not any(isinstance(told.get(address), Unavailable) for address in shard.addresses):
+        return False
+    without = [address for address in shard.addresses if isinstance(told.get(address), NotFound)]
+    members = yield from route.everywhere(without, GetShardMap())
+    return not any(isinstance(one, Member) and not one.behind for one in members.values())
+
+
 def _note_missed(route: Route, told: Told, generation: int) -> None:
-    """Replicas that are to hear that they lack a write others have. What they do not have they need not delete."""
+    """Replicas that are to hear that they lack a write others have; also one that has no such memory yet."""
     for address, one in told.items():
-        if isinstance(one, FotError) and not isinstance(one, Superseded | NotFound | AlreadyExists | InvalidArgument):
+        if isinstance(one, FotError) and not isinstance(one, Superseded | InvalidArgument):
             route.health.owe(address, generation)
 
 
@@ -147,6 +163,7 @@ def _create(route: Route, shards: Sequence[Shard], verb: PutDocument) -> Flow[To
     """Store a document that must not exist yet: one replica decides, the others follow.
 
     That is a replica that has the document, if there is one; else the first, so that of two clients one is refused.
+    What the others hold of the document by then is older, or newer: their stamps tell.
     """
     owner = shards[0]
     asked = yield from route.everywhere(owner.addresses, GetDocument(verb.memory, verb.document.id))
@@ -163,10 +180,10 @@ def _create(route: Route, shards: Sequence[Shard], verb: PutDocument) -> Flow[To
             return {first: error}
         told[first] = info
         others = [address for shard in shards for address in shard.addresses if not _accepted_at(told, address)]
-        follow = replace(verb, generation=info.generation)
-        # The next owner of a document that moves may hold what is left of an older one, and does not decide.
-        after = replace(follow, conflict=Conflict.REPLACE, request_id=verb.request_id[:120] + "+")
-        flows = [route.at(address, follow if address in owner.addresses else after) for address in others]
+        # Another request, for who decides and who follows are not asked the same.
+        request_id = blake2b(verb.request_id.encode(), digest_size=16).hexdigest()
+        follow = replace(verb, conflict=Conflict.REPLACE, generation=info.generation, request_id=request_id)
+        flows = [route.at(address, follow) for address in others]
         told |= dict(zip(others, outcomes((yield Together(flows))), strict=True))
         return told
     return told

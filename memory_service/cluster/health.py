@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+LOOK_S = 1.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 5.0
 
@@ -26,6 +28,7 @@ class Health:
         self._lock = threading.Lock()
         self._down: dict[str, _Down] = {}
         self._owed: dict[str, int] = {}
+        self._looked = -math.inf
         # Clients begin at different replicas; one client at the same, which may remember its last question.
         self._turn = random.randrange(1 << 16)
 
@@ -64,6 +67,15 @@ class Health:
             known = self._down.get(address)
             failures = known.failures + 1 if known else 1
             self._down[address] = _Down(failures, self._now() + _pause_s(failures))
+
+    def may_look(self) -> bool:
+        """Whether it is time to look for another shard map, for a shard that is still missing."""
+        with self._lock:
+            now = self._now()
+            if now - self._looked < LOOK_S:
+                return False
+            self._looked = now
+            return True
 
     def owe(self, address: str, generation: int) -> None:
         """It missed a change that others have, and must be told."""

@@ -160,7 +160,8 @@ def _merged(
         waiting = [shard for shard in route.map.shards if shard.id not in pages and tokens[shard.id] is not None]
         if not waiting:
             break
-        found = outcomes((yield Together([route.ask(shard, ask(shard, tokens[shard.id] or "")) for shard in waiting])))
+        asked = [_one_page(route, shard, ask, tokens[shard.id] or "") for shard in waiting]
+        found = outcomes((yield Together(asked)))
         route.check_missing(found)
         for shard, one in zip(waiting, found, strict=True):
             if isinstance(one, FotError):
@@ -183,6 +184,17 @@ def _merged(
     left = len(names) < len(by_key) or any(page.next for page in pages.values())
     rest = _sealed(route, names[-1], tokens) if left and names else ""
     return [by_key[name] for name in names], rest
+
+
+def _one_page(route: Route, shard: Shard, ask: Callable[[Shard, str], Verb[Page[Any]]], token: str) -> Flow[Page[Any]]:
+    """A page of a shard's listing; its first one where the replica that gave the token answers no more."""
+    try:
+        return (yield from route.ask(shard, ask(shard, token)))
+    except InvalidArgument:
+        # Replicas may read only tokens of their own.
+        if not token:
+            raise
+    return (yield from route.ask(shard, ask(shard, "")))
 
 
 def _sealed(route: Route, after: str, tokens: dict[str, str | None]) -> str:

@@ -64,5 +64,8 @@ def directory_of(
 
 def _directory_of(scheme: str) -> DirectoryOf:
     for entry in entry_points(group=DIRECTORIES, name=scheme):
-        return entry.load()  # type: ignore[no-any-return]  # what the group promises
+        try:
+            return entry.load()  # type: ignore[no-any-return]  # what the group promises
+        except ImportError as error:
+            raise InvalidArgument(f"{scheme}:// targets need a package that is missing: {error.name}") from error
     raise InvalidArgument(f"no installed package knows {scheme}:// targets")

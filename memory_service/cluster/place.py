@@ -20,8 +20,9 @@ from memory_service.verbs import Verb
 
 Answer = TypeVar("Answer")
 
-# There may be another replica. And what is written while one that is back is not yet tried again, it misses.
-IMPATIENT = Line(patience_s=0.0, connect_ms=2000, reconnect_ms=200)
+# There may be another replica: a process that hangs must not cost the whole deadline. And what is written while one
+# that is back is not yet tried again, it misses.
+IMPATIENT = Line(patience_s=0.0, connect_ms=2000, reconnect_ms=200, alive_ms=10_000, answer_ms=5_000)
 _THREADS = 64  # Of one depth: a call to many shards, of which each asks replicas.
 
 
@@ -52,6 +53,8 @@ class Lines:
 
 class ClusterPlace:
     """A cluster, asked from any number of threads."""
+
+    remote = True
 
     def __init__(self, directory: Directory, lines: Lines, options: ClusterOptions):
         self.target = directory.target

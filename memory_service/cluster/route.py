@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from memory_service.cluster.health import Health
 from memory_service.cluster.known import Known
 from memory_service.cluster.options import ClusterOptions, OnMissing
-from memory_service.cluster.steps import Ask, Budget, First, Flow, Pause, Together, outcomes
+from memory_service.cluster.steps import Ask, Budget, First, Flow, NewMap, Pause, Together, outcomes
 from memory_service.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -17,6 +17,7 @@ from memory_service.errors import (
     PermissionDenied,
     ResourceExhausted,
     SessionExpired,
+    StaleMap,
     Unavailable,
 )
 from memory_service.shards import Shard, ShardMap, Stamps
@@ -36,6 +37,13 @@ def missing(error: object) -> bool:
     return isinstance(error, Unavailable) and error.code == MISSING
 
 
+@dataclass(slots=True)
+class Stamp:
+    """The generation of a call's write: one for all replicas, however often the call is routed anew."""
+
+    generation: int = 0  # 0: none yet.
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Route:
     """What a try of a call needs."""
@@ -46,6 +54,7 @@ class Route:
     health: Health
     known: Known
     stamps: Stamps
+    stamp: Stamp
 
     @property
     def degrades(self) -> bool:
@@ -66,8 +75,10 @@ class Route:
         self.health.up(address)
         return answer
 
-    def ask(self, shard: Shard, verb: Verb[Answer], avoid: frozenset[str] = frozenset(), patient: bool = True) -> Any:
-        """Ask a shard: one replica, and the next if that cannot answer. A flow.
+    def ask(
+        self, shard: Shard, verb: Verb[Answer], avoid: frozenset[str] = frozenset(), patient: bool = True
+    ) -> Flow[Answer]:
+        """Ask a shard: one replica, and the next if that cannot answer.
 
         `avoid` are replicas asked last. Raises Unavailable with the reason MISSING if none answers.
         """
@@ -78,13 +89,28 @@ class Route:
             try:
                 if self.options.hedge_s is not None and len(order) > 1:
                     later = self._in_turn(shard, order[1:], verb)
-                    return (yield First(self._in_turn(shard, order[:1], verb), later, self.options.hedge_s))
+                    answer: Answer = yield First(self._in_turn(shard, order[:1], verb), later, self.options.hedge_s)
+                    return answer
                 return (yield from self._in_turn(shard, order, verb))
             except Unavailable as error:
-                pause = patience.pause_s() if missing(error) else None
+                if not missing(error):
+                    raise
+                yield from self.look()
+                pause = patience.pause_s()
                 if pause is None:
                     raise
             yield Pause(pause)
+
+    def look(self) -> Flow[None]:
+        """Raise StaleMap if there is a newer map: a shard that does not answer may be elsewhere by now."""
+        if self.degrades and not self.health.may_look():
+            return
+        try:
+            found: ShardMap = yield NewMap(self.map.epoch)
+        except FotError:
+            return
+        if found.epoch > self.map.epoch:
+            raise StaleMap("the shard map has changed", epoch=str(found.epoch))
 
     def ask_shards(self, shards: Iterable[Shard], verb: Verb[Answer]) -> Flow[list[Answer]]:
         """Ask every shard. Raises Unavailable naming all that cannot answer, else the first error."""
@@ -95,8 +121,8 @@ class Route:
                 raise one
         return list(found)
 
-    def tell(self, shard: Shard, address: str, verb: Verb[Answer]) -> Any:
-        """Ask one replica, patiently where there is no other. A flow."""
+    def tell(self, shard: Shard, address: str, verb: Verb[Answer]) -> Flow[Answer]:
+        """Ask one replica, patiently where there is no other."""
         return self.at(address, verb) if len(shard.addresses) > 1 else self.ask(shard, verb)
 
     def everywhere(self, addresses: Iterable[str], verb: Verb[Answer]) -> Flow[dict[str, Answer | FotError]]:
@@ -128,9 +154,9 @@ class Route:
                     expired.append(address)
         # What a replica said of itself tells more than that another was not there.
         for kind in (SessionExpired, DataLoss, ResourceExhausted):
-            for error in failures:
-                if isinstance(error, kind):
-                    raise error
+            for failure in failures:
+                if isinstance(failure, kind):
+                    raise failure
         raise lost_shard(shard, failures)
 
     def _pay(self, address: str, missed: int) -> Flow[None]:
@@ -144,11 +170,14 @@ class Route:
 
 def lost_shard(shard: Shard, failures: Sequence[FotError]) -> Unavailable:
     """The error of a shard none of whose replicas answers."""
-    if failures and all(error.code == BEHIND for error in failures):
-        told = f"every replica of shard {shard.id} may lack writes; heal the cluster ({', '.join(shard.addresses)})"
+    addresses = ", ".join(shard.addresses)
+    away = [error for error in failures if error.code != BEHIND]
+    why = away[0].message if away else "no answer"
+    if len(away) < len(failures):
+        told = f"the replicas of shard {shard.id} that answer may lack writes; heal the cluster ({addresses})"
+        told += f"; another does not: {why}" if away else ""
     else:
-        why = failures[0].message if failures else "no answer"
-        told = f"no replica of shard {shard.id} answers ({', '.join(shard.addresses)}): {why}"
+        told = f"no replica of shard {shard.id} answers ({addresses}): {why}"
     return Unavailable(told, reason=MISSING, shards=shard.id)
 
 

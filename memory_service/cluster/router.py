@@ -9,7 +9,7 @@ from memory_service.cluster import attending, documents, memories, sessions
 from memory_service.cluster.health import Health
 from memory_service.cluster.known import Known
 from memory_service.cluster.options import ClusterOptions
-from memory_service.cluster.route import Route
+from memory_service.cluster.route import Route, Stamp
 from memory_service.cluster.steps import Budget, Flow, NewMap, Pause
 from memory_service.errors import InvalidArgument, StaleMap, Unavailable
 from memory_service.shards import ShardMap, Stamps
@@ -90,13 +90,14 @@ class Router:
         if way is None:
             raise InvalidArgument(f"{type(verb).__name__} is for one process; ask that, not the cluster")
         budget = Budget(timeout_s)
+        stamp = Stamp()
         maps = 0
         while True:
             if self.map is None or (self.map.epoch == 0 and budget.now() > self._again):
                 # By a mere list of addresses nobody tells this client that documents move: it must look.
                 self.map = yield from self._find(budget)
                 self._again = budget.now() + _LOOK_S
-            route = Route(self.map, budget, self.options, self.health, self.known, self.stamps)
+            route = Route(self.map, budget, self.options, self.health, self.known, self.stamps, stamp)
             try:
                 return (yield from way(route, verb))  # type: ignore[no-any-return]  # a verb's way gives its answer
             except StaleMap:

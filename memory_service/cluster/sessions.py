@@ -20,9 +20,17 @@ from memory_service.verbs import AppendSessions, CloseSession, Fetch, GetMemory,
 PREFIX = "session:"
 
 
-def spec_of(route: Route, memory: str) -> Flow[MemorySpec]:
-    """The memory's spec, asked for once. Raises NotFound."""
-    spec = route.known.spec(memory)
+def layer_of(route: Route, memory: str, layer: int) -> Flow[int]:
+    """Index of a layer. Raises NotFound, or InvalidArgument if the memory does not have it."""
+    try:
+        return (yield from _spec_of(route, memory)).layer_index(layer)
+    except InvalidArgument:
+        # Another memory may have the name by now.
+        return (yield from _spec_of(route, memory, anew=True)).layer_index(layer)
+
+
+def _spec_of(route: Route, memory: str, anew: bool = False) -> Flow[MemorySpec]:
+    spec = None if anew else route.known.spec(memory)
     if spec is None:
         shard = min(route.map.shards, key=lambda one: sum(not route.health.well(a) for a in one.addresses))
         info = yield from route.ask(shard, GetMemory(memory))

@@ -23,7 +23,7 @@ Answer = TypeVar("Answer")
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the worker's commands to `fot` and its measurements to `fot bench`."""
-    from model_worker.cli import evaluate, passkey, train
+    from model_worker.cli import evaluate, memory_cluster, passkey, train
     from model_worker.cli.api import api
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
@@ -38,6 +38,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     app.command("api")(needs_worker(api, (*EXTRA, "fastapi", "uvicorn"), "worker,serving"))
     for room in (train, passkey, evaluate):
         room.register(app)
+    memory_cluster.register(app)
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
 

@@ -48,7 +48,7 @@ class Reader:
 
     def __init__(self, memory: Memory):
         self.memory = memory
-        self._thread = ThreadPoolExecutor(1, "fot-memory") if is_remote(memory) else None
+        self._thread = ThreadPoolExecutor(1, "fot-memory") if memory.connection.remote else None
         self._appends: deque[Future[None]] = deque()
 
     def append(self, appends: Sequence[SessionAppend]) -> None:
@@ -153,11 +153,6 @@ class Reader:
         """Stop the thread; calls under way end first."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
-
-
-def is_remote(memory: Memory) -> bool:
-    """Whether the memory's calls cross a network."""
-    return str(memory.connection.target).startswith(("grpc://", "grpcs://", "unix:"))
 
 
 def whole_scope(documents: Scope, sessions: tuple[SessionScope, ...]) -> Scope | None:

@@ -290,7 +290,7 @@ def test_the_async_client_is_routed_alike(addresses: list[str]) -> None:
         ("grpc://a:1,b:2?replicas=2&write_quorum=3", "write_quorum"),
         ("grpc://a:1,b:2?colour=red", "no option"),
         ("grpc://a:1,b:2?on_missing=maybe", "fail or degrade"),
-        ("ray://nobody", "cannot open"),
+        ("redis://nobody", "cannot open"),
     ],
 )
 def test_a_wrong_target_is_told_at_once(wrong: str, told: str) -> None:
