@@ -70,7 +70,7 @@ class _Routes:
     async def metrics(self, caller: Caller) -> Response:
         """Figures for Prometheus."""
         check_role(caller, Role.READ)
-        return PlainTextResponse(self._traffic.page(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(self._traffic.page(self._worker.engine.load()), media_type="text/plain; version=0.0.4")
 
     async def models(self, caller: Caller) -> JsonObject:
         """The one model there is."""

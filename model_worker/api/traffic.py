@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memory_service.errors import Cancelled, FotError, Internal, ResourceExhausted, Unavailable
+from model_worker.serving.load import Load
 from model_worker.serving.requests import Finished
 
 DRAINING = "DRAINING"
@@ -67,9 +68,12 @@ class Traffic:
         self._tokens["cached"] += finished.cached_tokens
         self._tokens["completion"] += finished.completion_tokens
 
-    def page(self) -> str:
+    def page(self, load: Load) -> str:
         """The figures as Prometheus reads them. Labels are bounded: never a tenant, key, collection or document."""
-        lines = ["# TYPE fot_worker_calls gauge", f"fot_worker_calls {self.calls}"]
+        states = {"queued": load.queued, "reading": load.reading, "writing": load.writing}
+        lines = ["# TYPE fot_worker_requests gauge"]
+        lines += [f'fot_worker_requests{{state="{state}"}} {count}' for state, count in states.items()]
+        lines += ["# TYPE fot_worker_calls gauge", f"fot_worker_calls {self.calls}"]
         lines += ["# TYPE fot_worker_calls_total counter"]
         lines += [
             f'fot_worker_calls_total{{method="{method}",outcome="{outcome}"}} {count}'

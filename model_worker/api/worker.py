@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from memory_service import ALL_DOCUMENTS, Memory, ScopeLike
 from memory_service.errors import InvalidArgument, NotFound
@@ -21,6 +21,8 @@ from model_worker.sources import TELLING, Telling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from model_worker.serving.load import Load
 
 MIB = 1 << 20
 ROLES = ("system", "user", "assistant")
@@ -80,6 +82,12 @@ class Question:
     conversation: str = ""  # Of this tenant and collection; "" keeps nothing.
 
 
+class Engine(Generates, Protocol):
+    """Whoever generates, and says how busy it is."""
+
+    def load(self) -> Load: ...
+
+
 class Worker:
     """A model under a name, its tenants' memories, and whoever generates."""
 
@@ -88,7 +96,7 @@ class Worker:
         name: str,
         model: FotModel,
         tokenizer: PreTrainedTokenizerBase,
-        generates: Generates,
+        engine: Engine,
         tenants: Tenants,
         limits: Limits | None = None,
     ):
@@ -98,7 +106,7 @@ class Worker:
         self.tenants = tenants
         self.limits = limits or Limits()
         self.intake = Intake(model, tokenizer, self.limits.waiting_bytes)
-        self._generates = generates
+        self.engine = engine
 
     @property
     def can_chat(self) -> bool:
@@ -129,7 +137,7 @@ class Worker:
             memory,
             place if question.conversation else None,
         )
-        return Answer(self._generates, request)
+        return Answer(self.engine, request)
 
     async def memory(self, identity: Identity, collection: str, *, create: bool = False) -> Memory:
         """A collection of the caller, made for this model with `create`. Raises NotFound."""

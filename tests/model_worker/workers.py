@@ -1,34 +1,37 @@
-"""A worker with its servers before a memory service with two tenants, in this process: real keys, tokens and sockets."""
+"""A worker with its servers over a memory service with two tenants, in this process: real keys and sockets."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import openai
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_service import Client, Memory
 from memory_service.auth import TokenFile
 from memory_service.types import Role
+from model_worker import reference
 from model_worker.api.keys import Keys
 from model_worker.api.server import Addresses, Server, running
 from model_worker.api.tenants import Tenants
 from model_worker.api.worker import Limits, Worker
+from model_worker.cli.opening import load_tokenizer
 from model_worker.fitting import spec_of
 from model_worker.model import FotModel
+from model_worker.serving.batcher import Batcher
 from model_worker.settings import FotConfig
 from model_worker.tasks.landmark import FILLER
 from model_worker.v1 import model_worker_pb2 as pb
 from model_worker.v1 import model_worker_pb2_grpc as pb_grpc
 from tests.memory_service.places import serving
-from tests.model_worker.alone import Alone
 
 TENANTS = ("north", "south")
 QUESTION = "What is the pass key? The pass key is"
@@ -49,6 +52,7 @@ class Place:
     memory_target: str
     keys: Mapping[str, str]  # API keys, by "tenant" (an admin's) and "tenant-reader".
     memory_tokens: Mapping[str, str]  # By tenant.
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -56,7 +60,11 @@ class Place:
 
     def openai(self, tenant: str = "north") -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(tenant, tenant), max_retries=0)
+        if tenant not in self.clients:
+            self.clients[tenant] = openai.OpenAI(
+                base_url=f"{self.url}/v1", api_key=self.keys.get(tenant, tenant), max_retries=0
+            )
+        return self.clients[tenant]
 
     @cached_property
     def channel(self) -> grpc.Channel:
@@ -70,6 +78,15 @@ class Place:
     def bearer(self, tenant: str = "north") -> tuple[tuple[str, str], ...]:
         """Metadata of a call."""
         return (("authorization", f"Bearer {self.keys.get(tenant, tenant)}"),)
+
+    def http(self, method: str, path: str, tenant: str = "north", **given: Any) -> httpx.Response:
+        """A bare request with a key."""
+        headers = {"authorization": f"Bearer {self.keys.get(tenant, tenant)}"}
+        return self.web.request(method, self.url + path, headers=headers, timeout=30, **given)
+
+    @cached_property
+    def web(self) -> httpx.Client:
+        return httpx.Client()
 
     def create(self, collection: str, tenant: str = "north") -> None:
         """A collection, by gRPC."""
@@ -90,6 +107,15 @@ class Place:
         """Sessions the memory service holds for a tenant."""
         with self.memory(tenant) as client:
             return client.stats().sessions
+
+
+def reference_parts() -> tuple[PreTrainedModel, FotConfig, PreTrainedTokenizerBase]:
+    """The model that comes along and finds pass keys; its chats are their texts, one after the other."""
+    path = reference.path("reference")
+    tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    with FotModel.from_pretrained(path) as loaded:
+        return loaded.detach(), loaded.fot, tokenizer
 
 
 @contextmanager
@@ -113,11 +139,10 @@ def placed(
     with ExitStack() as closing:
         target = closing.enter_context(serving(None, tokens=tokens.path))
         accepted = Keys(api_keys.path, directory / "memory-tokens")
-        alone = Alone(base, fot, tokenizer)
-        closing.callback(alone.close)
         own = closing.enter_context(Memory.open(":memory:", spec=spec_of(base, fot)))
         model = closing.enter_context(FotModel(base, fot, own))
-        worker = Worker("tiny", model, tokenizer, alone, Tenants(target, accepted), limits)
+        batcher = closing.enter_context(Batcher(model, tokenizer))
+        worker = Worker("tiny", model, tokenizer, batcher, Tenants(target, accepted), limits)
         closing.callback(worker.close)
         addresses = Addresses("127.0.0.1:0", "127.0.0.1:0", drain_grace_s=1.0)
         server = closing.enter_context(running(worker, accepted, addresses))
