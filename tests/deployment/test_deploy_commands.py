@@ -79,10 +79,9 @@ def of_the_page() -> Iterator[tuple[str, list[str]]]:
     for script in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
         for words in of_shell(script):
             yield "README", words
-    for words in (shlex.split(code) for code in re.findall(r"`((?:fot|ray) [^`]+)`", README)):
-        yield "README", words
 
 
+MENTIONED = re.findall(r"`((?:fot|ray) [^`]+)`", README)
 COMMANDS = [*of_images(), *of_containers(), *of_ray(), *of_the_page()]
 
 
@@ -110,10 +109,22 @@ def test_commands_with_mistakes_are_not(line: str) -> None:
         understood(words)
 
 
+@pytest.mark.parametrize("mention", MENTIONED)
+def test_commands_that_are_mentioned_exist_with_their_options(mention: str) -> None:
+    program, *rest = shlex.split(mention)
+    command = PROGRAMS[program]
+    while hasattr(command, "commands"):
+        name, *rest = rest
+        command = command.commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("-")} <= known
+
+
 def test_commands_are_found_in_every_place() -> None:
     assert {words[0] for _, words in COMMANDS} == {"fot", "ray"}
     assert {"serve", "heal", "api"} <= {words[1] for _, words in [*of_images(), *of_containers()]}
-    assert {"up", "status", "heal", "verify", "token"} <= {words[1] for _, words in of_the_page()}
+    told = {words[1] for words in [*map(str.split, MENTIONED), *(words for _, words in of_the_page())]}
+    assert {"up", "down", "status", "heal", "verify", "token", "ingest"} <= told
 
 
 def test_variables_of_containers_mean_something() -> None:
@@ -124,16 +135,18 @@ def test_variables_of_containers_mean_something() -> None:
     assert used <= set(known_variables())
 
 
-def test_the_ray_service_deploys_what_is_there_to_deploy() -> None:
-    config = yaml.safe_load(loaded("kubernetes/model_worker/ray_service.yaml")["spec"]["serveConfigV2"])
+def test_the_ray_service_deploys_what_is_there_with_settings_that_exist(tmp_path: Path) -> None:
+    text = loaded("kubernetes/model_worker/ray_service.yaml")["spec"]["serveConfigV2"]
+    config = yaml.safe_load(text.replace("/run/secrets", str(tmp_path)))
+    for name in re.findall(rf"{tmp_path}/(\S+)", str(config).replace("'", " ")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Serve's models are of an older pydantic.
+        from ray.serve import Application
         from ray.serve.schema import ServeDeploySchema
 
         given = ServeDeploySchema.model_validate(config)
-    for path in [one.import_path for one in given.applications]:
-        module, _, name = path.partition(":")
-        assert hasattr(importlib.import_module(module), name), path
-    for path in given.grpc_options.grpc_servicer_functions:
-        module, _, name = path.rpartition(".")
-        assert callable(getattr(importlib.import_module(module), name)), path
+        for one in given.applications:
+            module, _, name = one.import_path.partition(":")
+            assert isinstance(getattr(importlib.import_module(module), name)(one.args), Application)

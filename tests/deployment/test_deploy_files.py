@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import jsonschema
@@ -87,7 +88,7 @@ def test_yaml_is_tidy(path: Path) -> None:
 @pytest.mark.parametrize("path", COMPOSE, ids=named)
 def test_compose_files_are_what_compose_reads(path: Path) -> None:
     schema = files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json"
-    jsonschema.validate(loaded(path), json.loads(schema.read_text()))
+    jsonschema.Draft202012Validator(json.loads(schema.read_text())).validate(loaded(path))
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=named)
@@ -124,7 +125,8 @@ def test_ray_clusters_are_what_ray_up_reads(path: Path) -> None:
 def test_kustomizations_name_files_that_exist_and_leave_none_out(path: Path) -> None:
     given = loaded(path)
     here = [name for name in given["resources"] if not name.startswith("..")]
-    used = {*here, *given.get("configurations", []), "kustomization.yaml"}
+    made = [name for one in given.get("configMapGenerator", []) for name in one["files"]]
+    used = {*here, *made, *given.get("configurations", []), "kustomization.yaml"}
     assert used == {one.name for one in path.parent.iterdir()}
     assert [name for name in given["resources"] if not (path.parent / name).exists()] == []
 
@@ -287,8 +289,13 @@ def test_hadolint_finds_nothing() -> None:
 # --- The health check of the images ---------------------------------------------------------------------------------
 
 
-def healthy(address: str) -> bool:
-    return subprocess.run([sys.executable, DEPLOY / "docker/health.py", address], capture_output=True).returncode == 0
+HEALTH = DEPLOY / "docker/health.py"
+healthy = run_path(str(HEALTH))["serving"]
+
+
+def test_the_health_check_fails_where_nobody_answers() -> None:
+    done = subprocess.run([sys.executable, HEALTH, "127.0.0.1:1"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "127.0.0.1:1: UNAVAILABLE\n")
 
 
 def test_the_health_check_asks_a_service() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from prometheus_client import generate_latest
 
 from memory_service.metrics import Metrics
 from model_worker.api.traffic import Traffic
+from model_worker.serving.load import Load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = yaml.safe_load((DEPLOY / "prometheus/alerts.yaml").read_text())
 SCRAPE = yaml.safe_load((DEPLOY / "prometheus/scrape.yaml").read_text())
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
 OF_PROMETHEUS = {"up"}
-LABELS = {"job", "instance", "le", "method", "code", "pool", "limit", "outcome", "kind"}
+LABELS = {"job", "instance", "le", "method", "code", "pool", "limit", "outcome", "kind", "state"}
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -54,7 +56,8 @@ def names_given() -> set[str]:
     """Of all series that a memory service and a worker can have, by what their pages declare."""
     metrics = Metrics()
     metrics.watch_store(lambda: True, lambda: True, lambda: False, DEPLOY)
-    page = generate_latest(metrics.registry).decode() + Traffic(1).page()
+    idle = Load(**dict.fromkeys((field.name for field in fields(Load)), 0))
+    page = generate_latest(metrics.registry).decode() + Traffic(1).page(idle)
     found = set(OF_PROMETHEUS)
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE):
         found |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
