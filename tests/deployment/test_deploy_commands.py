@@ -45,6 +45,8 @@ def of_shell(script: str) -> Iterator[list[str]]:
             if word and set(word) <= set("|&;<>()"):
                 if words and words[0] in PROGRAMS:
                     yield words
+                    if words[1] == "exec":
+                        yield from of_shell(words[-1])
                 words = ["skipped"] if set(word) & set("<>") else []
             elif "=" not in word or words:
                 words.append(word)
