@@ -26,9 +26,9 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http":
-            return  # No websockets here, and nothing to start or stop.
-        if scope["path"] in OPEN:
+        if scope["type"] == "websocket":
+            return  # There are none here.
+        if scope["type"] == "lifespan" or scope["path"] in OPEN:
             await self._app(scope, receive, send)
             return
         try:

@@ -29,13 +29,13 @@ class Rules:
     """The rules of every call, whoever runs the server."""
 
     def __init__(self, keys: Keys, traffic: Traffic, timeout_s: float):
-        self._keys = keys
-        self._traffic = traffic
+        self.keys = keys
+        self.traffic = traffic
         self._timeout_s = timeout_s
 
     def admit(self, rpc: str, metadata: Metadata) -> Identity:
         """Who calls an rpc of ours. Raises Unauthenticated and PermissionDenied."""
-        identity = self._keys.identity(str(next((value for key, value in metadata if key == "authorization"), "")))
+        identity = self.keys.identity(str(next((value for key, value in metadata if key == "authorization"), "")))
         if rpc not in POLICY:
             raise PermissionDenied("nobody may call this; the worker has no rule for it")
         check_role(identity, POLICY[rpc])
@@ -43,14 +43,14 @@ class Rules:
 
     def known(self, metadata: Metadata) -> None:
         """Raise Unauthenticated unless whoever calls has a key."""
-        self._keys.identity(str(next((value for key, value in metadata if key == "authorization"), "")))
+        self.keys.identity(str(next((value for key, value in metadata if key == "authorization"), "")))
 
     @asynccontextmanager
     async def call(self, rpc: str, remaining_s: float | None) -> AsyncIterator[None]:
         """A call under way; all that goes wrong in it is raised as one of our errors, except being cancelled."""
         timeout_s = self._timeout_s if remaining_s is None else min(remaining_s, self._timeout_s)
         try:
-            with self._traffic.call(rpc):
+            with self.traffic.call(rpc):
                 try:
                     async with asyncio.timeout(timeout_s):
                         yield

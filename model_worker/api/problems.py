@@ -50,7 +50,8 @@ def problem(error: Exception) -> tuple[int, dict[str, Any]]:
     if not isinstance(error, FotError):
         event(logging.ERROR, "a request failed", error)
         error = Internal("internal error; the worker's log says more")
-    status, type_, code = next((told for kind, *told in _STATUS if isinstance(error, kind)), (500, _SERVER, None))
+    found = (told for told in _STATUS if isinstance(error, told[0]))
+    _, status, type_, code = next(found, (FotError, 500, _SERVER, None))
     if type(error) is ResourceExhausted and error.retry_after_s is None:
         status, type_, code = _TOO_LARGE, _INVALID, "request_too_large"
     told = {

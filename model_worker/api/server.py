@@ -19,6 +19,7 @@ import uvicorn
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.types import ASGIApp
 
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.logs import event
@@ -67,28 +68,34 @@ class Addresses:
 
 
 class Server:
-    """HTTP and gRPC in front of a worker. It does not own the worker: close that after `stop`."""
+    """An app over HTTP and rpcs over gRPC. It does not own what is behind them: close that after `stop`."""
 
-    def __init__(self, worker: Worker, keys: Keys, addresses: Addresses):
-        """Raises InvalidArgument for addresses that must not be served."""
-        addresses.check(keys.asked)
+    def __init__(self, app: ASGIApp | None, rpcs: Any, rules: Rules, addresses: Addresses):
+        """`rpcs` has the methods of `Rpcs`. Raises InvalidArgument for addresses that must not be served."""
+        addresses.check(rules.keys.asked)
         self.http: str | None = None  # Where it listens, with the ports that were free.
         self.grpc: str | None = None
-        self.traffic = Traffic(worker.limits.calls)
+        self.traffic = rules.traffic
         self._addresses = addresses
-        self._app = http_app(worker, keys, self.traffic)
-        self._rpcs = Rpcs(worker, self.traffic)
-        self._guard = Guard(Rules(keys, self.traffic, worker.limits.timeout_s))
+        self._app = app
+        self._rpcs = rpcs
+        self._guard = Guard(rules)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub lacks it
         self._uvicorn: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._grpc_server: aio.Server | None = None
 
+    @classmethod
+    def of(cls, worker: Worker, keys: Keys, addresses: Addresses) -> Server:
+        """Both servers before a worker in this process."""
+        rules = Rules(keys, Traffic(worker.limits.calls), worker.limits.timeout_s)
+        return cls(http_app(worker, keys, rules.traffic), Rpcs(worker, rules.traffic), rules, addresses)
+
     async def start(self) -> None:
         """Listen. Raises FailedPrecondition if an address is taken; then the server is spent."""
         try:
-            if self._addresses.http is not None:
-                await self._start_http(self._addresses.http)
+            if self._addresses.http is not None and self._app is not None:
+                await self._start_http(self._app, self._addresses.http)
             if self._addresses.grpc is not None:
                 await self._start_grpc(self._addresses.grpc)
         except BaseException:
@@ -114,11 +121,11 @@ class Server:
             await self._serving
         event(logging.INFO, "stopped")
 
-    async def _start_http(self, address: str) -> None:
+    async def _start_http(self, app: ASGIApp, address: str) -> None:
         listening = _bound(address)
         self.http = f"{address.rpartition(':')[0]}:{listening.getsockname()[1]}"
         config = uvicorn.Config(
-            self._app,
+            app,
             lifespan="off",
             ws="none",
             log_config=None,
@@ -177,7 +184,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(worker, keys, addresses)
+    server = Server.of(worker, keys, addresses)
     await server.start()
     try:
         if started:
@@ -195,7 +202,7 @@ def running(worker: Worker, keys: Keys, addresses: Addresses) -> Iterator[Server
 
     async def main() -> None:
         try:
-            server = Server(worker, keys, addresses)
+            server = Server.of(worker, keys, addresses)
             await server.start()
         except BaseException as error:
             started.set_exception(error)

@@ -66,6 +66,16 @@ def api(
     tls_key: Annotated[Path | None, typer.Option(help="PEM key of the certificate.")] = None,
     insecure: Insecure = False,
     drain_s: Annotated[float, typer.Option("--drain-s", min=0, help="For calls under way when it stops.")] = 30.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve on a Ray cluster, by Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: models that answer, at least.")] = 1,
+    most_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: as many where requests queue up; by default no more.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With --ray: the cluster; by default RAY_ADDRESS, or the one of fot up.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="With --ray: of each replica.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: of each replica, as 0.5.")] = 0.0,
     ca: Ca = None,
     mem_layers: MemLayers = None,
     mem_dtype: MemDType = None,
@@ -123,16 +133,26 @@ def api(
         batch=BatchSettings(max_rows=max_rows, max_queued=max_queued),
     )
     quiet()
-    scheme = "http" if tls_certificate is None else "https"
+    if ray:
+        from model_worker.cli.serving_on_ray import serve_on_ray
+
+        serve_on_ray(setup, addresses, replicas, most_replicas, cpus, gpus, address)
+        return
 
     def announce(server: Server) -> None:
-        places = [f"{scheme}://{server.http}/v1"] if server.http else []
-        places += [f"grpc{'s' if tls_certificate else ''}://{server.grpc}"] if server.grpc else []
-        sys.stdout.write(f"fot answers as {setup.name} at {' and '.join(places)}\n")
-        sys.stdout.flush()
+        tell(setup.name, server.http, server.grpc, tls=tls_certificate is not None)
 
     with setup.open() as (worker, accepted):
         run(serve(worker, accepted, addresses, announce))
+
+
+def tell(name: str, http: str | None, grpc: str | None, *, tls: bool) -> None:
+    """Say where a model answers."""
+    letter = "s" if tls else ""
+    places = [f"http{letter}://{http}/v1"] if http else []
+    places += [f"grpc{letter}://{grpc}"] if grpc else []
+    sys.stdout.write(f"fot answers as {name} at {' and '.join(places)}\n")
+    sys.stdout.flush()
 
 
 def _text(path: Path) -> str:
