@@ -25,6 +25,7 @@ from memory_service.errors import InvalidArgument
 from model_worker.recall.tally import Tally
 from model_worker.settings import Recall
 from model_worker.sources import TELLING, Sources, Telling, listened, sources_of
+from model_worker.writing import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from model_worker.model import FotModel
 
 QUESTION = "{question}"  # Where a template takes the question.
-_BROKEN = "\ufffd"  # Half a character, until its other tokens come.
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,33 +265,23 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Streamer(BaseStreamer):  # type: ignore[misc]
-    """Turns tokens into text as they come: whole characters only, and every one once."""
+    """Tells the text of the tokens as they come."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
-        self._tokenizer = tokenizer
+        self._writer = Writer(tokenizer)
         self._on_text = on_text
-        self._ids: list[int] | None = None
-        self._start = self._told = 0
+        self._prompted = False
 
     def put(self, value: Tensor) -> None:
         """Take the next token; the first call brings the prompt, which is not told."""
-        if self._ids is None:
-            self._ids = []
-            return
-        self._ids += value.flatten().tolist()
-        self._tell(last=False)
+        if self._prompted:
+            self._tell(self._writer.add(value.flatten().tolist()))
+        self._prompted = True
 
     def end(self) -> None:
         """Tell what is left."""
-        self._tell(last=True)
+        self._tell(self._writer.end())
 
-    def _tell(self, last: bool) -> None:
-        # A token's text depends on the one before it (spaces), so decode from the piece that was told last.
-        ids = self._ids or []
-        before, now = self._text(ids[self._start : self._told]), self._text(ids[self._start :])
-        if len(now) > len(before) and (last or not now.endswith(_BROKEN)):
-            self._start, self._told = self._told, len(ids)
-            self._on_text(now[len(before) :])
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _tell(self, piece: str) -> None:
+        if piece:
+            self._on_text(piece)

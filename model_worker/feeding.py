@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +14,76 @@ from model_worker.inputs import padded
 from model_worker.loading import SessionStore, cut, load
 from model_worker.positions.policy import Policy
 from model_worker.positions.self_extend import reach
-from model_worker.recall.reader import Reader
 from model_worker.settings import Cut, FotConfig
 from model_worker.state import State
 from model_worker.steps import Piece, WindowStep
 
 
+class Slice(NamedTuple):
+    """Some tokens of a prompt that were fed."""
+
+    tokens: int
+    left: int  # Of the prompt.
+    logits: Tensor | None = None  # [V] after them; None of those that only went to memory.
+
+
 class Feeder:
     """Runs tokens on top of a state. Keeps nothing between calls."""
 
-    def __init__(self, decoder: Decoder, fot: FotConfig, policies: Sequence[Policy], reader: Reader | None):
+    def __init__(self, decoder: Decoder, fot: FotConfig, policies: Sequence[Policy]):
         self._decoder = decoder
         self._fot = fot
         self._policies = policies
-        self._reader = reader
+
+    def step(self, state: State, ids: Sequence[int]) -> Tensor:
+        """One more token of every row: logits [B, V]."""
+        state.make_room(1, [0] * len(ids), self._reach)
+        step = WindowStep(state.window, self._fot.mem_layers, state)
+        logits = self._decoder.logits(torch.tensor(ids, device=self._decoder.device)[:, None], step, 1)
+        state.window.advance(1)
+        for line, token in zip(state.lines, ids, strict=True):
+            line.ids.append(token)
+        return logits[:, -1]
+
+    def slices(self, state: State, ids: Sequence[int], allowed: Callable[[], int]) -> Iterator[Slice]:
+        """`run` of one row in slices, each of about as many tokens as `allowed` says when it begins.
+
+        What goes straight to memory goes in whole windows, at least one a slice.
+        """
+        text = torch.tensor(ids)
+        stop, size = self._prefix(len(ids), [0])[0], self._fot.window
+        if state.window.held(0):
+            for start in range(0, stop, size):
+                yield from self._fed(state, text, start, min(start + size, stop), allowed)
+        elif stop:
+            yield from self._loaded(state, text, stop, allowed)
+        yield from self._fed(state, text, stop, len(text), allowed)
+
+    def _loaded(self, state: State, text: Tensor, stop: int, allowed: Callable[[], int]) -> Iterator[Slice]:
+        fot = self._fot
+        store = SessionStore(state.reader, state.rows, [text], state.recall) if state.reader is not None else None
+        pieces = deque(cut(0, stop, fot.window, 0 if fot.cut is Cut.BATCH else fot.overlap))
+        while pieces:
+            some = [pieces.popleft()]
+            tokens, most = some[0].tokens, allowed()
+            while pieces and tokens + pieces[0].tokens <= most:
+                tokens += pieces[0].tokens
+                some.append(pieces.popleft())
+            load(self._decoder, fot, self._policies, some, [text], store)
+            if not pieces and store is not None:
+                store.finish([stop])
+            yield Slice(tokens, len(text) - some[-1].stop)
+        state.lines[0].said(text[:stop].tolist())
+
+    def _fed(self, state: State, text: Tensor, start: int, stop: int, allowed: Callable[[], int]) -> Iterator[Slice]:
+        """A part of a text that fits the window, on top of it; all that must leave for it leaves first."""
+        state.make_room(stop - start, [0], self._reach)
+        while start < stop:
+            some = text[start : min(start + max(1, allowed()), stop)]
+            start += len(some)
+            state.reserve(len(some), [0])
+            logits = self._through(state, some[None], [some], 1)
+            yield Slice(len(some), len(text) - start, logits[0, -1])
 
     def run(self, state: State, ids: Tensor, pads: list[int], keep: int, use_cache: bool) -> Tensor:
         """Logits [B, keep or T, V] of ids [B, T], of which row b's first pads[b] are padding."""
@@ -85,12 +142,12 @@ class Feeder:
             for row, stop in enumerate(prefix)
             for piece in cut(row, stop, fot.window, overlap, shifts[row])
         ]  # fmt: skip
-        store = SessionStore(self._reader, state.rows, texts, state.recall) if self._reader is not None else None
+        store = SessionStore(state.reader, state.rows, texts, state.recall) if state.reader is not None else None
         load(self._decoder, fot, self._policies, pieces, texts, store, on_logits)
         if store is not None:
             store.finish(prefix)
         for row, stop in enumerate(prefix):
-            state.texts[row] = torch.cat([state.texts[row], texts[row][:stop]])
+            state.lines[row].said(texts[row][:stop].tolist())
 
     def _walk(self, state: State, texts: list[Tensor], prefix: list[int], on_logits: Any) -> None:
         """Windows one after another, on top of what the rows' windows hold already."""
@@ -106,8 +163,13 @@ class Feeder:
     def _feed(self, state: State, ids: Tensor, pads: list[int], texts: list[Tensor], keep: int) -> Tensor:
         """Run [B, n] tokens on top of the rows' windows; logits [B, keep or n, V]."""
         state.make_room(ids.shape[1], pads, self._reach)
+        return self._through(state, ids, texts, keep)
+
+    def _through(self, state: State, ids: Tensor, texts: list[Tensor], keep: int) -> Tensor:
+        """The same, where there is room for them."""
         step = WindowStep(state.window, self._fot.mem_layers, state)
         logits = self._decoder.logits(ids.to(self._decoder.device), step, keep)
         state.window.advance(ids.shape[1])
-        state.texts = [torch.cat([old, new]) for old, new in zip(state.texts, texts, strict=True)]
+        for line, text in zip(state.lines, texts, strict=True):
+            line.said(text.tolist())
         return logits

@@ -8,19 +8,20 @@ B batch rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memory_service import FailedPrecondition, IndexPolicy, InvalidArgument, Memory, MemorySpec
-from model_worker.feeding import Feeder
+from model_worker.feeding import Feeder, Slice
 from model_worker.fitting import check_fit, check_spec, config_of, policies_of, spec_for, spec_of, try_out
 from model_worker.hf import checkpoint
 from model_worker.hf.decoder import Decoder
@@ -72,7 +73,8 @@ class FotModel(GenerationMixin):  # type: ignore[misc]  # transformers is read a
             check_spec(memory.spec, self._spec)
         self.policies = policies_of(self.decoder, fot)
         self._reader = Reader(memory) if memory is not None and fot.mem_layers else None
-        self._feeder = Feeder(self.decoder, fot, self.policies, self._reader)
+        self._generations: dict[tuple[tuple[str, Any], ...], GenerationConfig] = {}
+        self._feeder = Feeder(self.decoder, fot, self.policies)
         self.generation_config: GenerationConfig = base.generation_config or GenerationConfig()
         self.decoder.attach()
 
@@ -154,10 +156,56 @@ class FotModel(GenerationMixin):  # type: ignore[misc]  # transformers is read a
 
     # --- one call ---
 
-    def start(self, recall: Recall | None = None) -> State:
-        """A state for a batch: pass it as `past_key_values`, close it when done."""
+    def start(self, recall: Recall | None = None, reader: Reader | None = None) -> State:
+        """A state for a batch: pass it as `past_key_values`, close it when done. Without a `reader`, the model's own."""
         window = Window(self.policies, self.device)
-        return State(self.fot, window, self._reader, recall or self.recall, self._lease_s)
+        return State(self.fot, window, reader or self._reader, recall or self.recall, self._lease_s)
+
+    def reader_of(self, memory: Memory) -> Reader:
+        """A reader of another memory of this model's kind, for `start`; close it when done. Raises WrongModel."""
+        check_spec(memory.spec, self.spec)
+        return Reader(memory)
+
+    @torch.no_grad()
+    def slices(self, state: State, ids: Sequence[int], allowed: Callable[[], int]) -> Iterator[Slice]:
+        """Feed the tokens of one row piece by piece, each of about as many tokens as `allowed` says when it begins.
+
+        What `forward` would do at once, for who has other work in between; raises what it raises.
+        """
+        state.begin(1)
+        yield from self._guarded(state, self._feeder.slices(state, ids, allowed))
+
+    def _guarded(self, state: State, slices: Iterator[Slice]) -> Iterator[Slice]:
+        try:
+            yield from slices
+        except BaseException:
+            state.fail()
+            raise
+
+    @torch.no_grad()
+    def step(self, state: State, ids: Sequence[int]) -> Tensor:
+        """Logits [B, V] after one more token of every row; `forward` with less around it."""
+        state.begin(len(ids))
+        try:
+            return self._feeder.step(state, ids)
+        except BaseException:
+            state.fail()
+            raise
+
+    def scorers(
+        self, prompt_tokens: int, max_new_tokens: int, settings: Mapping[str, Any]
+    ) -> tuple[LogitsProcessorList, frozenset[int]]:
+        """What `generate` with these settings puts between logits and choice, and the tokens that end its text."""
+        name = tuple(sorted(settings.items()))
+        if name not in self._generations:
+            config, _ = self._prepare_generation_config(None, **settings)
+            self._prepare_special_tokens(config, device=self.device)
+            self._generations[name] = config
+        config = copy.copy(self._generations[name])
+        config.max_length = prompt_tokens + max_new_tokens
+        ends = config._eos_token_tensor
+        processors = self._get_logits_processor(config, input_ids_seq_length=prompt_tokens, device=str(self.device))
+        return processors, frozenset([] if ends is None else ends.tolist())
 
     @torch.no_grad()
     def forward(

@@ -69,12 +69,16 @@ def _caretaker(target: str, token_file: TokenFile, ca: Ca, insecure: bool) -> Ca
 
 def _print(found: ClusterStatus) -> None:
     rows = [
-        (shard.id, one.address, _state(one), f"{one.documents:,}", f"{one.tokens:,}", size(one.bytes), f"{one.lag:,}")
+        (shard.id, _where(one), _state(one), f"{one.documents:,}", f"{one.tokens:,}", size(one.bytes), f"{one.lag:,}")
         for shard in found.shards
         for one in shard.replicas
     ]
     told = f"Epoch {found.epoch}{', documents are moving' if found.moving else ''}: {found.documents:,} documents"
     print_table(told, ("shard", "replica", "state", "documents ", "tokens ", "bytes ", "lacks "), rows, "no shards")
+
+
+def _where(one: ReplicaStatus) -> str:
+    return f"{one.address} on {one.node}" if one.node else one.address
 
 
 def _state(one: ReplicaStatus) -> str:

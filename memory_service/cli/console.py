@@ -39,13 +39,19 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 def connect(target: str, token_file: Path | None, ca: Path | None, insecure: bool, create: bool = False) -> Client:
     """Open the target a command names; only `create` makes a directory that is not there."""
-    tls = Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
+    tls = tls_of(ca, target)
     here = "://" not in target and not target.startswith("unix:")
     # A command that looks at a directory does not start to build indexes there.
     options = StoreOptions(background=False) if here else None
     return Client.open(
         target, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S, options=options, create=create
     )
+
+
+def tls_of(ca: Path | None, target: str) -> Tls | None:
+    """What to trust, where the target may speak TLS: --ca may stand in the environment for other targets."""
+    speaks = "://" in target and not target.startswith("grpc://")
+    return Tls(ca=ca) if ca is not None and speaks else None
 
 
 def console() -> Console:

@@ -44,6 +44,7 @@ class ReplicaStatus:
     bytes: int
     lag: int  # Changes of documents it lacks that another replica has.
     problem: str = ""  # Why it does not answer.
+    node: str = ""  # Where it runs; empty if the directory does not know.
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ class Caretaker:
         """How the cluster is. Comparing replicas (`differences`) lists all their documents."""
         shards = self.map
         members = self._members(shards)
+        nodes = self._directory.nodes()
         listed: list[ShardStatus] = []
         totals = [0, 0, 0]
         for shard in _all_shards(shards):
@@ -145,12 +147,14 @@ class Caretaker:
             for address in shard.addresses:
                 member = members[address]
                 if isinstance(member, FotError):
-                    replicas.append(ReplicaStatus(address, False, False, 0, 0, 0, 0, 0, member.message))
+                    away = ReplicaStatus(address, False, False, 0, 0, 0, 0, 0, member.message, nodes.get(address, ""))
+                    replicas.append(away)
                     continue
                 found = self._stats(address, shards, shard)
                 epoch = member.map.epoch if member.map else 0
                 figures = (found.documents, found.tokens, found.bytes)
-                replicas.append(ReplicaStatus(address, True, member.behind, epoch, *figures, lags.get(address, 0)))
+                lag, node = lags.get(address, 0), nodes.get(address, "")
+                replicas.append(ReplicaStatus(address, True, member.behind, epoch, *figures, lag, node=node))
             listed.append(ShardStatus(shard.id, tuple(replicas)))
             if shard in shards.shards and there:
                 best = max(replicas, key=lambda one: (one.up and not one.behind, one.documents))

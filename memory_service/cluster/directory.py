@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -28,6 +28,10 @@ class Directory(Protocol):
 
         Epoch 0 stands for a layout that no process was told.
         """
+        ...
+
+    def nodes(self) -> Mapping[str, str]:
+        """The machine each process runs on, by address, as far as that is known."""
         ...
 
 
@@ -60,6 +64,10 @@ class Seeds:
             elif self._map is None:
                 self._map = self._tell_first(members)
             return self._map
+
+    def nodes(self) -> Mapping[str, str]:
+        """Nothing: a list of addresses does not say."""
+        return {}
 
     def _tell_first(self, members: dict[str, Member | FotError]) -> ShardMap:
         for one in members.values():

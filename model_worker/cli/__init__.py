@@ -23,7 +23,8 @@ Answer = TypeVar("Answer")
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the worker's commands to `fot` and its measurements to `fot bench`."""
-    from model_worker.cli import evaluate, passkey, train
+    from model_worker.cli import evaluate, memory_cluster, passkey, train
+    from model_worker.cli.api import api
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
     from model_worker.cli.bench import decode, prefill
@@ -34,21 +35,25 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     app.command("ask")(needs_worker(ask))
     app.command("generate")(needs_worker(generate))
     app.command("attention")(needs_worker(attention))
+    app.command("api")(needs_worker(api, (*EXTRA, "fastapi", "uvicorn"), "worker,serving"))
     for room in (train, passkey, evaluate):
         room.register(app)
+    memory_cluster.register(app)
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
 
 
-def needs_worker(command: Callable[P, Answer]) -> Callable[P, Answer]:
-    """The command, refused with a sentence where the extra `worker` is not installed."""
+def needs_worker(
+    command: Callable[P, Answer], modules: tuple[str, ...] = EXTRA, extra: str = "worker"
+) -> Callable[P, Answer]:
+    """The command, refused with a sentence where the extra that brings `modules` is not installed."""
 
     @functools.wraps(command)
     def checked(*args: P.args, **kwargs: P.kwargs) -> Answer:
-        missing = [name for name in EXTRA if find_spec(name) is None]
+        missing = [name for name in modules if find_spec(name) is None]
         if missing:
             raise FailedPrecondition(
-                f"this command needs {', '.join(missing)}: pip install 'fot-memory[worker]'", reason="EXTRA_MISSING"
+                f"this command needs {', '.join(missing)}: pip install 'fot-memory[{extra}]'", reason="EXTRA_MISSING"
             )
         return command(*args, **kwargs)
 

@@ -115,8 +115,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def tls_of(ca: Path | None, target: str) -> Tls | None:
-    """What to trust, where the target speaks TLS: --ca may stand in the environment for other targets."""
-    return Tls(ca=ca) if ca is not None and target.startswith("grpcs://") else None
+    """What to trust, where the target may speak TLS: --ca may stand in the environment for other targets."""
+    speaks = "://" in target and not target.startswith("grpc://")
+    return Tls(ca=ca) if ca is not None and speaks else None
 
 
 def checkpoint_of(model: str | Path) -> Path:

@@ -28,6 +28,10 @@ class Row:
         """Tokens this row has in memory."""
         return sum(stretch.tokens for stretch in self.stretches)
 
+    def seen(self) -> tuple[SessionScope, ...]:
+        """All of this row's tokens, as parts of a scope."""
+        return self.scopes(self.tokens) if self.stretches else ()
+
     def scopes(self, until: int) -> tuple[SessionScope, ...]:
         """This row's first `until` tokens, as parts of a scope."""
         scopes, left = [], until

@@ -1,0 +1,65 @@
+"""This process as a driver of a Ray cluster, and the clusters of memory that it finds there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+
+from memory_service.errors import FailedPrecondition, FotError, NotFound, Unavailable
+from model_worker.deployment.local_ray import LocalRay
+from model_worker.deployment.plan import NAMESPACE, overseer_name
+
+ADDRESS = "RAY_ADDRESS"
+_ASK_S = 15.0
+
+
+def connect(address: str | None = None) -> None:
+    """Connect to a Ray cluster, unless this process is: at `address`, RAY_ADDRESS, or the one `fot up` started here.
+
+    Raises FailedPrecondition if there is none to connect to, Unavailable if it does not answer.
+    """
+    if ray.is_initialized():
+        return
+    running = LocalRay.running()
+    address = address or os.environ.get(ADDRESS) or (running.address if running else None)
+    if not address:
+        raise FailedPrecondition(f"there is no Ray here: start one with `fot up --ray`, or set {ADDRESS}")
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise Unavailable(f"the Ray cluster at {address} cannot be reached: {why}") from None
+
+
+def clusters() -> list[str]:
+    """The clusters of memory that run on this Ray, by name."""
+    suffix = overseer_name("")
+    found = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
+    return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+
+
+def overseer(name: str) -> Any:
+    """The handle of a cluster's overseer. Raises NotFound."""
+    try:
+        return ray.get_actor(overseer_name(name), namespace=NAMESPACE)
+    except ValueError:
+        there = ", ".join(clusters())
+        told = f"there {'are' if ',' in there else 'is'} {there}" if there else "start it with `fot up --ray`"
+        raise NotFound(f"no memory cluster called {name!r} runs on this Ray; {told}") from None
+
+
+def ask(answer: Any, timeout_s: float = _ASK_S) -> Any:
+    """What an actor answered. Raises its FotError as it is, Unavailable if it did not answer."""
+    try:
+        return ray.get(answer, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FotError):
+            raise error.cause from None
+        raise
+    except (ActorUnavailableError, GetTimeoutError):
+        raise Unavailable("the overseer of the cluster does not answer; Ray may just be restarting it") from None
+    except RayError as error:
+        raise Unavailable(f"the overseer of the cluster does not answer: {str(error).partition(chr(10))[0]}") from None

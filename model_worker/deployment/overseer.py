@@ -1,0 +1,320 @@
+"""The actor that looks after a cluster: it hires keepers, publishes the shard map, heals, moves documents."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from memory_service.client.places import Address, Tls
+from memory_service.cluster.caretaker import Caretaker
+from memory_service.cluster.directory import members_of, tell
+from memory_service.cluster.place import IMPATIENT, Lines
+from memory_service.errors import FotError, InvalidArgument
+from memory_service.shards import Member, Shard, ShardMap
+from model_worker.deployment.crew import Crew
+from model_worker.deployment.plan import NAMESPACE, ClusterState, Copy, CopyState, Plan, Report, overseer_name
+from model_worker.deployment.registry import Registry
+
+HEAD = "node:__internal_head__"  # A resource that Ray gives to the head alone.
+_FILE = "overseer.json"
+_ROUND_S = 0.5
+_ILL_PAUSE_S = 2.0  # Between attempts to heal what cannot be healed yet.
+_LINE = replace(IMPATIENT, patience_s=1.5)  # A process that does not answer may just be coming back.
+
+log = logging.getLogger("fot.overseer")
+
+
+class Overseer:
+    """Looks after one cluster, in rounds. What it knows it can learn again: of keepers, of services, from its file."""
+
+    def __init__(self, plan: Plan):
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._plan = plan
+        self._target = f"ray://{plan.name}"
+        self._secrets: tuple[str, ...] = ()
+        self._tenants = self._connect()
+        file = _own_directory(plan) / _FILE
+        self._registry = Registry(self._target, file, self._tenants[0].place)
+        self._shards = (again and self._registry.wanted) or plan.shards
+        self._registry.want(self._shards)
+        self._crew = Crew(plan)
+        self._members: dict[str, Member | FotError] = {}
+        self._doing = "starting"
+        self._problem = ""
+        self._given_up: set[int] = set()
+        self._healed = -math.inf
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._oversee, name="fot-overseer", daemon=True)
+        self._thread.start()
+
+    # --- Asked by others ---
+
+    def map(self, above: int) -> ShardMap:
+        """The shard map: one of an epoch above this, if there is one."""
+        return self._registry.find(above)
+
+    def security(self) -> tuple[bool, bool]:
+        """Whether services speak TLS, and whether they ask for tokens."""
+        return self._plan.security.tls_certificate is not None, self._plan.security.tokens is not None
+
+    def state(self) -> ClusterState:
+        """How the cluster is, as of the last round."""
+        known = self._registry.known
+        states = []
+        for copy in self._crew.wanted:
+            report = self._crew.reports.get(copy)
+            problem = self._crew.problems.get(copy, "") or self._problem_of(report, known)
+            states.append(CopyState(copy, report, problem))
+        epoch = known.epoch if known else 0
+        return ClusterState(self._plan, self._shards, epoch, tuple(states), self._doing, self._problem)
+
+    def _problem_of(self, report: Report | None, known: ShardMap | None) -> str:
+        """What is wrong with a copy whose keeper is well; empty: nothing."""
+        if report is None:
+            return "its keeper is starting"
+        if not report.address:
+            return report.problem or "its process is starting"
+        member = self._members.get(report.address)
+        if not isinstance(member, Member):
+            return "it was not asked yet" if member is None else member.message
+        if known is None or report.address not in known.addresses:
+            return "the shard map does not have it yet"
+        if member.map is None or member.behind:
+            return "it may lack writes, and is brought them"
+        return ""
+
+    def resize(self, shards: int) -> None:
+        """Want so many shards from now on; their documents move in the background."""
+        self._shards = shards
+        self._registry.want(shards)
+        self._doing = "changing the shards"
+
+    def give_up(self, shard: int) -> None:
+        """What a shard held, all of whose copies are gone, is not waited for any longer."""
+        self._given_up.add(shard)
+
+    def close(self, delete_data: bool) -> None:
+        """Stop looking after the cluster, and every service."""
+        self._stopping.set()
+        self._thread.join()
+        self._crew.dismiss(list(self._crew.wanted), delete_data)
+        for lines in self._tenants:
+            lines.close()
+        if delete_data:
+            file = _own_directory(self._plan) / _FILE
+            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.parent.rmdir()  # Unless somebody else's data lie there.
+
+    # --- Rounds ---
+
+    def _oversee(self) -> None:
+        while not self._stopping.wait(_ROUND_S):
+            try:
+                self._round()
+                self._problem = ""
+            except _Stopped:
+                return
+            except FotError as error:
+                self._tell(error.message)
+            except Exception as error:  # Whatever it is, the next round may do better; an overseer must not end.
+                log.exception("a round failed")
+                self._tell(f"{type(error).__name__}: {error}")
+
+    def _round(self) -> None:
+        self._tenants = self._connect()
+        self._crew.want(self._copies())
+        self._crew.look(self._registry, self._may_begin_empty)
+        reports = self._crew.reports
+        addresses = {copy: report.address for copy, report in reports.items() if report.address}
+        self._registry.reach(addresses.values(), self._tenants[0].place)
+        known = self._registry.known
+        self._members = members_of(addresses.values(), self._tenants[0].place)
+        for one in self._members.values():
+            self._registry.learn(one.map if isinstance(one, Member) else None)
+        known = self._registry.known
+        if known is None:
+            self._publish_first(addresses)
+            return
+        caretaker = Caretaker(self._registry, self._tenants)
+        if not known.also:
+            self._publish(caretaker, known, addresses)
+        self._heal(caretaker)
+        self._move(caretaker, addresses)
+        self._doing = ""
+        self._crew.dismiss([copy for copy in self._crew.wanted if copy not in self._copies()], delete_data=True)
+
+    def _copies(self) -> list[Copy]:
+        """All copies there are to be: of the shards wanted, and of those that are still in the map."""
+        known = self._registry.known
+        ids = {shard.id for shard in (*known.shards, *known.also)} if known else set()
+        numbers = {int(one[1:]) for one in ids} | set(range(self._shards))
+        return [Copy(shard, replica) for shard in sorted(numbers) for replica in range(self._plan.replicas)]
+
+    def _may_begin_empty(self, copy: Copy) -> bool:
+        """Whether a copy without data loses nothing: its shard is new or given up, or another copy has it all."""
+        known = self._registry.known
+        ids = {shard.id for shard in (*known.shards, *known.also)} if known else set()
+        if copy.shard_id not in ids or copy.shard in self._given_up:
+            return True
+        siblings = [report for other, report in self._crew.reports.items() if other.shard == copy.shard]
+        members = [self._members.get(report.address) for report in siblings]
+        return any(isinstance(one, Member) and one.map is not None for one in members)
+
+    def _publish_first(self, addresses: dict[Copy, str]) -> None:
+        """Tell a new cluster its map, once everybody is there."""
+        self._doing = f"{len(addresses)} of {len(self._crew.wanted)} services are there"
+        if len(addresses) < len(self._crew.wanted):
+            return
+        first = ShardMap(1, self._layout(addresses))
+        first.check()
+        away = tell(first, self._tenants[0].place)
+        for error in away.values():
+            raise error
+        self._registry.learn(first)
+
+    def _publish(self, caretaker: Caretaker, known: ShardMap, addresses: dict[Copy, str]) -> None:
+        """Tell everybody the addresses that have changed."""
+        shards = []
+        for shard in known.shards:
+            number = int(shard.id[1:])
+            copies = [Copy(number, replica) for replica in range(len(shard.addresses))]
+            shards.append(Shard(shard.id, tuple(map(lambda c, a: addresses.get(c, a), copies, shard.addresses))))
+        if tuple(shards) == known.shards:
+            return
+        new = {address for shard in shards for address in shard.addresses} - set(known.addresses)
+        empty = [a for a in new if isinstance(one := self._members.get(a), Member) and one.map is None]
+        log.info("publishing new addresses: %s", ", ".join(sorted(new)))
+        caretaker.publish(shards, empty)
+        self._given_up -= {int(shard.id[1:]) for shard in shards if set(shard.addresses) & set(empty)}
+        self._healed = -math.inf
+
+    def _heal(self, caretaker: Caretaker) -> None:
+        """Compare the replicas now and then, and at once if one says that it lacks writes or knows an old map."""
+        known = self._registry.known
+        ill = any(
+            isinstance(one, Member) and (one.behind or one.map != known)
+            for address, one in self._members.items()
+            if known is not None and address in known.addresses
+        )
+        if self._plan.replicas == 1 and not ill:
+            return
+        if time.monotonic() - self._healed < (_ILL_PAUSE_S if ill else self._plan.heal_every_s):
+            return
+        if ill:
+            self._doing = "healing"
+        report = caretaker.heal(self._advance)
+        self._healed = time.monotonic()
+        if report.copied or report.deleted:
+            log.info("healed: copied %d documents, deleted %d", report.copied, report.deleted)
+        self._members = members_of(self._members, self._tenants[0].place)
+
+    def _move(self, caretaker: Caretaker, addresses: dict[Copy, str]) -> None:
+        """Change to the shards that are wanted; a change that was cut off goes on first."""
+        known = caretaker.map
+        if known.also:
+            target = known.shards if known.switched else known.also
+        else:
+            wanted = {f"s{number}" for number in range(self._shards)}
+            if wanted == set(known.ids):
+                return
+            here = {copy: address for copy, address in addresses.items() if copy.shard_id in wanted}
+            missing = self._shards * self._plan.replicas - len(here)
+            if missing:
+                self._doing = f"{missing} services of the new shards are starting"
+                return
+            kept = {shard.id: shard for shard in known.shards}
+            target = tuple(kept.get(shard.id, shard) for shard in self._layout(here))
+        self._doing = "moving documents"
+        moved = caretaker.move(target, self._advance)
+        log.info("moved: copied %d documents, deleted %d", moved.copied, moved.deleted)
+
+    def _layout(self, addresses: dict[Copy, str]) -> tuple[Shard, ...]:
+        numbers = sorted({copy.shard for copy in addresses})
+        replicas = range(self._plan.replicas)
+        return tuple(Shard(f"s{n}", tuple(addresses[Copy(n, replica)] for replica in replicas)) for n in numbers)
+
+    def _advance(self, text: str, part: int, whole: int) -> None:
+        self._doing = f"{text}: {part:,} of {whole:,}"
+        if self._stopping.is_set():
+            raise _Stopped
+
+    def _tell(self, problem: str) -> None:
+        if problem != self._problem:
+            log.warning("%s", problem)
+        self._problem = problem
+
+    # --- Connections ---
+
+    def _connect(self) -> tuple[Lines, ...]:
+        """Connections with each tenant's token; made anew when a file has changed."""
+        security = self._plan.security
+        secrets = tuple(_secret(file) for file in security.token_files) or ("",)
+        if secrets == self._secrets:
+            return self._tenants
+        tls = None
+        if security.tls_certificate is not None:
+            mutual = security.tls_client_ca is not None
+            tls = Tls(
+                ca=_path(security.ca),
+                certificate=_path(security.tls_certificate) if mutual else None,
+                key=_path(security.tls_key) if mutual else None,
+            )
+
+        def lines_of(secret: str) -> Lines:
+            return Lines(lambda authority: Address(authority, authority, tls, secret or None), _LINE)
+
+        for lines in self._tenants if self._secrets else ():
+            lines.close()
+        self._secrets = secrets
+        return tuple(lines_of(secret) for secret in secrets)
+
+
+class _Stopped(Exception):
+    """The overseer is told to stop while it moves documents, which goes on when it is started again."""
+
+
+def appoint(plan: Plan) -> Any:
+    """Start a cluster's overseer, or find the one there is. Gives the actor's handle.
+
+    It runs where the head is: without that there is no cluster to look after.
+    """
+    return (
+        ray.remote(Overseer)
+        .options(
+            name=overseer_name(plan.name),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            resources={HEAD: 0.001},
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=16,
+        )
+        .remote(plan)
+    )
+
+
+def _own_directory(plan: Plan) -> Path:
+    own = ray.get_runtime_context().get_node_id()
+    return plan.directory(next(node["NodeName"] for node in ray.nodes() if node["NodeID"] == own))
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _secret(file: str) -> str:
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InvalidArgument(f"the token file {file} cannot be read on the head node: {error.strerror}") from None
