@@ -134,7 +134,7 @@ def traffic(name: str, there: Sequence[str], writes: bool = True) -> Iterator[Tr
     def read() -> None:
         with opened(name) as memory:
             while not ending.is_set():
-                answer = memory.attend(LAYER, queries(), list(there))
+                answer = memory.attend(LAYER, queries(), scope=list(there))
                 assert answer.coverage == Coverage(tokens(there), tokens(there)), answer.coverage
                 torch.testing.assert_close(answer.partial.output, wanted, atol=1e-5, rtol=0)
                 met.answers += 1
