@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from contextlib import suppress
@@ -74,7 +75,9 @@ class Overseer:
             problem = self._crew.problems.get(copy, "") or self._problem_of(report, known)
             states.append(CopyState(copy, report, problem))
         epoch = known.epoch if known else 0
-        return ClusterState(self._plan, self._shards, epoch, tuple(states), self._doing, self._problem)
+        settled = known is not None and not known.also and set(known.ids) == self._ids
+        doing = self._doing or ("" if settled else "changing the shards")
+        return ClusterState(self._plan, os.getpid(), self._shards, epoch, tuple(states), doing, self._problem)
 
     def _problem_of(self, report: Report | None, known: ShardMap | None) -> str:
         """What is wrong with a copy whose keeper is well; empty: nothing."""
@@ -95,7 +98,6 @@ class Overseer:
         """Want so many shards from now on; their documents move in the background."""
         self._shards = shards
         self._registry.want(shards)
-        self._doing = "changing the shards"
 
     def give_up(self, shard: int) -> None:
         """What a shard held, all of whose copies are gone, is not waited for any longer."""
@@ -151,6 +153,11 @@ class Overseer:
         self._move(caretaker, addresses)
         self._doing = ""
         self._crew.dismiss([copy for copy in self._crew.wanted if copy not in self._copies()], delete_data=True)
+
+    @property
+    def _ids(self) -> set[str]:
+        """The shards wanted, as the map has them."""
+        return {f"s{number}" for number in range(self._shards)}
 
     def _copies(self) -> list[Copy]:
         """All copies there are to be: of the shards wanted, and of those that are still in the map."""
@@ -223,7 +230,7 @@ class Overseer:
         if known.also:
             target = known.shards if known.switched else known.also
         else:
-            wanted = {f"s{number}" for number in range(self._shards)}
+            wanted = self._ids
             if wanted == set(known.ids):
                 return
             here = {copy: address for copy, address in addresses.items() if copy.shard_id in wanted}

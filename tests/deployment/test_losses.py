@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 
 from memory_service import Coverage, Unavailable
 from memory_service.cluster.caretaker import Caretaker
 from model_worker.deployment import memory_cluster
+from model_worker.deployment.plan import NAMESPACE, Copy, keeper_name
 from tests.deployment.nodes import RayNodes
 from tests.deployment.traffic import (
     kill,
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however
 NAMES = [f"document-{number}" for number in range(30)]
 
 
-def test_with_two_replicas_a_killed_service_and_a_lost_node_fail_no_call_and_lose_and_double_nothing(
+def test_with_two_replicas_a_killed_service_a_killed_keeper_and_a_lost_node_fail_no_call_and_lose_and_double_nothing(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:
     with running(plan("twice", tmp_path, shards=2, replicas=2)) as state, opened("twice") as memory:
@@ -44,6 +46,11 @@ def test_with_two_replicas_a_killed_service_and_a_lost_node_fail_no_call_and_los
             kill(victim)
             met.more()
             until(lambda: any(one.address == victim.address and one.pid != victim.pid for one in reports("twice")))
+            until_ready("twice")
+            keeper = ray.get_actor(keeper_name("twice", Copy(1, 0)), namespace=NAMESPACE)
+            ray.kill(keeper, no_restart=False)
+            met.more()
+            until(lambda: not memory_cluster.state_of("twice").ready)
             until_ready("twice")
             ray_cluster.remove("node-1")
             met.more()
@@ -73,6 +80,11 @@ def test_with_one_replica_a_lost_node_is_an_error_or_exact_coverage_until_its_di
             same_as_one(degrading, NAMES)
             ray_cluster.remove("node-1")
             until(lambda: "no node has its data" in memory_cluster.told(memory_cluster.state_of("once")))
+            with Caretaker.open("ray://once") as caretaker:
+                problems = [one.problem for shard in caretaker.status().shards for one in shard.replicas]
+            assert [
+                one for one in problems if f"only copy of shard {lost.copy.shard_id} was on nodes that are gone" in one
+            ]
             answer = degrading.attend(LAYER, queries())
             assert answer.coverage == Coverage(tokens(left), tokens(NAMES), (lost.copy.shard_id,))
         with pytest.raises(Unavailable, match=f"no replica of shard {lost.copy.shard_id} answers"):
