@@ -150,8 +150,8 @@ class Overseer:
         if not known.also:
             self._publish(caretaker, known, addresses)
         self._heal(caretaker)
-        self._move(caretaker, addresses)
         self._doing = ""
+        self._move(caretaker, addresses)
         self._crew.dismiss([copy for copy in self._crew.wanted if copy not in self._copies()], delete_data=True)
 
     @property
@@ -242,6 +242,7 @@ class Overseer:
             target = tuple(kept.get(shard.id, shard) for shard in self._layout(here))
         self._doing = "moving documents"
         moved = caretaker.move(target, self._advance)
+        self._doing = ""
         log.info("moved: copied %d documents, deleted %d", moved.copied, moved.deleted)
 
     def _layout(self, addresses: dict[Copy, str]) -> tuple[Shard, ...]:
