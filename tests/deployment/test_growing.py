@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from memory_service import Unavailable
+from memory_service import Memory, Unavailable
 from memory_service.cluster.caretaker import Caretaker
 from model_worker.deployment import memory_cluster
+from model_worker.deployment.plan import Plan
 from tests.deployment.nodes import RayNodes
-from tests.deployment.traffic import opened, plan, put, running, same_as_one, traffic, until, until_ready
+from tests.deployment.traffic import opened, plan, put, reports, running, same_as_one, traffic, until, until_ready
 
 pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however busy a machine.
 NAMES = [f"document-{number}" for number in range(60)]
 
 
-def test_1_2_and_4_shards_answer_as_one_memory_and_growing_moves_no_more_than_it_must_under_a_reader(
+def test_1_2_and_4_shards_answer_as_one_memory_while_it_grows_and_shrinks_under_a_reader(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:
     one = plan("growing", tmp_path, shards=1, replicas=1)
@@ -27,23 +28,33 @@ def test_1_2_and_4_shards_answer_as_one_memory_and_growing_moves_no_more_than_it
         put(memory, NAMES)
         same_as_one(memory, NAMES)
         with traffic("growing", NAMES, writes=False) as met:
-            for shards in (2, 4):
-                before = _places(caretaker)
-                memory_cluster.bring_up(replace(one, shards=shards))
-                until_ready("growing")
-                after = _places(caretaker)
-                assert len(set(after.values())) == shards
-                moved = [name for name in NAMES if after[name] != before[name]]
-                # What moved went to new shards alone: half of all documents, give or take chance.
-                assert {after[name] for name in moved}.isdisjoint(before.values())
-                assert 0.25 * len(NAMES) < len(moved) < 0.75 * len(NAMES)
-                same_as_one(memory, NAMES)
-                _kill_overseer()
-                assert memory_cluster.state_of("growing").shards == shards  # It remembers what was wanted.
+            _grow(replace(one, shards=2), memory, caretaker)
+            _kill_overseer()
+            assert memory_cluster.state_of("growing").shards == 2  # It remembers what was wanted.
+            _grow(replace(one, shards=4), memory, caretaker)
+            places = list(_places(caretaker).values())
+            held = {shard.replicas[0].address: shard.replicas[0].documents for shard in caretaker.status().shards}
+            assert held == {address: places.count(address) for address in held}
             met.more(written=0)
-        assert [shard.replicas[0].documents for shard in caretaker.status().shards] == [
-            list(after.values()).count(shard.addresses[0]) for shard in caretaker.map.shards
-        ]
+            memory_cluster.bring_up(one)
+            until_ready("growing")
+            until(lambda: len(reports("growing")) == 1)
+            met.more(written=0)
+        same_as_one(memory, NAMES)
+
+
+def _grow(wanted: Plan, memory: Memory, caretaker: Caretaker) -> None:
+    """To twice as many shards: half of all documents move, give or take chance, and to the new shards alone."""
+    before = _places(caretaker)
+    memory_cluster.bring_up(wanted)
+    until_ready(wanted.name)
+    after = _places(caretaker)
+    assert set(after.values()) == set(caretaker.map.addresses)
+    assert len(caretaker.map.shards) == wanted.shards
+    moved = [name for name in NAMES if after[name] != before[name]]
+    assert {after[name] for name in moved}.isdisjoint(before.values())
+    assert 0.25 * len(NAMES) < len(moved) < 0.75 * len(NAMES)
+    same_as_one(memory, NAMES)
 
 
 def _kill_overseer() -> None:
