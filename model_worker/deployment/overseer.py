@@ -40,8 +40,8 @@ class Overseer:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._plan = plan
         self._target = f"ray://{plan.name}"
-        self._secrets: tuple[str, ...] = ()
-        self._tenants = self._connect()
+        self._secrets: tuple[str, ...] = ("",)
+        self._tenants = self._lines(self._secrets)
         file = _own_directory(plan) / _FILE
         self._registry = Registry(self._target, file, self._tenants[0].place)
         self._shards = (again and self._registry.wanted) or plan.shards
@@ -132,7 +132,7 @@ class Overseer:
                 self._tell(f"{type(error).__name__}: {error}")
 
     def _round(self) -> None:
-        self._tenants = self._connect()
+        self._read_tokens()
         self._crew.want(self._copies())
         self._crew.look(self._registry, self._may_begin_empty)
         reports = self._crew.reports
@@ -262,12 +262,18 @@ class Overseer:
 
     # --- Connections ---
 
-    def _connect(self) -> tuple[Lines, ...]:
-        """Connections with each tenant's token; made anew when a file has changed."""
+    def _read_tokens(self) -> None:
+        """Take up the tokens; connections are made anew when a file has changed."""
+        secrets = tuple(_secret(file) for file in self._plan.security.token_files) or ("",)
+        if secrets != self._secrets:
+            before, self._tenants = self._tenants, self._lines(secrets)
+            self._secrets = secrets
+            for lines in before:
+                lines.close()
+
+    def _lines(self, secrets: tuple[str, ...]) -> tuple[Lines, ...]:
+        """Connections with each tenant's token."""
         security = self._plan.security
-        secrets = tuple(_secret(file) for file in security.token_files) or ("",)
-        if secrets == self._secrets:
-            return self._tenants
         tls = None
         if security.tls_certificate is not None:
             mutual = security.tls_client_ca is not None
@@ -280,9 +286,6 @@ class Overseer:
         def lines_of(secret: str) -> Lines:
             return Lines(lambda authority: Address(authority, authority, tls, secret or None), _LINE)
 
-        for lines in self._tenants if self._secrets else ():
-            lines.close()
-        self._secrets = secrets
         return tuple(lines_of(secret) for secret in secrets)
 
 
