@@ -75,6 +75,8 @@ def _print(found: ClusterStatus) -> None:
     ]
     told = f"Epoch {found.epoch}{', documents are moving' if found.moving else ''}: {found.documents:,} documents"
     print_table(told, ("shard", "replica", "state", "documents ", "tokens ", "bytes ", "lacks "), rows, "no shards")
+    for one in (one for shard in found.shards for one in shard.replicas if one.problem):
+        say(f"{one.address}: {one.problem}")
 
 
 def _where(one: ReplicaStatus) -> str:

@@ -13,7 +13,7 @@ from memory_service.client.places import ClusterTarget, Tls, cluster_target
 from memory_service.client.remote import RemotePlace
 from memory_service.cluster import moving
 from memory_service.cluster.copying import holding, memories_at
-from memory_service.cluster.directory import Directory, members_of, tell
+from memory_service.cluster.directory import Directory, Note, members_of, tell
 from memory_service.cluster.healing import Healed, differences, heal_shard
 from memory_service.cluster.moving import Moved
 from memory_service.cluster.opening import Reach, directory_of
@@ -137,7 +137,7 @@ class Caretaker:
         """How the cluster is. Comparing replicas (`differences`) lists all their documents."""
         shards = self.map
         members = self._members(shards)
-        nodes = self._directory.nodes()
+        notes = self._directory.notes()
         listed: list[ShardStatus] = []
         totals = [0, 0, 0]
         for shard in _all_shards(shards):
@@ -145,16 +145,16 @@ class Caretaker:
             lags = self._lags(shards, shard, there) if differences and len(shard.addresses) > 1 else {}
             replicas = []
             for address in shard.addresses:
-                member = members[address]
+                member, note = members[address], notes.get(address, Note())
                 if isinstance(member, FotError):
-                    away = ReplicaStatus(address, False, False, 0, 0, 0, 0, 0, member.message, nodes.get(address, ""))
-                    replicas.append(away)
+                    problem = note.problem or member.message
+                    replicas.append(ReplicaStatus(address, False, False, 0, 0, 0, 0, 0, problem, note.node))
                     continue
                 found = self._stats(address, shards, shard)
                 epoch = member.map.epoch if member.map else 0
                 figures = (found.documents, found.tokens, found.bytes)
-                lag, node = lags.get(address, 0), nodes.get(address, "")
-                replicas.append(ReplicaStatus(address, True, member.behind, epoch, *figures, lag, node=node))
+                lag = lags.get(address, 0)
+                replicas.append(ReplicaStatus(address, True, member.behind, epoch, *figures, lag, node=note.node))
             listed.append(ShardStatus(shard.id, tuple(replicas)))
             if shard in shards.shards and there:
                 best = max(replicas, key=lambda one: (one.up and not one.behind, one.documents))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from memory_service.client.remote import RemotePlace
 from memory_service.cluster.options import layout_of
@@ -15,6 +15,13 @@ from memory_service.shards import Member, ShardMap
 from memory_service.verbs import GetShardMap, SetShardMap
 
 ASK_S = 5.0
+
+
+class Note(NamedTuple):
+    """What a directory knows of a process besides where it listens."""
+
+    node: str = ""  # The machine it runs on.
+    problem: str = ""  # Why it does not run.
 
 
 class Directory(Protocol):
@@ -30,8 +37,8 @@ class Directory(Protocol):
         """
         ...
 
-    def nodes(self) -> Mapping[str, str]:
-        """The machine each process runs on, by address, as far as that is known."""
+    def notes(self) -> Mapping[str, Note]:
+        """What is known of the processes besides, by address."""
         ...
 
 
@@ -65,7 +72,7 @@ class Seeds:
                 self._map = self._tell_first(members)
             return self._map
 
-    def nodes(self) -> Mapping[str, str]:
+    def notes(self) -> Mapping[str, Note]:
         """Nothing: a list of addresses does not say."""
         return {}
 

@@ -62,4 +62,6 @@ def ask(answer: Any, timeout_s: float = _ASK_S) -> Any:
     except (ActorUnavailableError, GetTimeoutError):
         raise Unavailable("the overseer of the cluster does not answer; Ray may just be restarting it") from None
     except RayError as error:
-        raise Unavailable(f"the overseer of the cluster does not answer: {str(error).partition(chr(10))[0]}") from None
+        # Of one that could not begin, the last line says why.
+        why = str(error).strip().rpartition("\n")[2].strip()
+        raise Unavailable(f"the overseer of the cluster is not there: {why}") from None

@@ -92,10 +92,7 @@ class Crew:
             own = alive[ray.get_runtime_context().get_node_id()]["NodeManagerAddress"]
             alive = {name: node for name, node in alive.items() if node["NodeManagerAddress"] == own}
         self._survey([name for name in alive if name not in self._kept], registry)
-        return [
-            Node(name, node["NodeName"], node["NodeManagerAddress"], self._kept.get(name, {}))
-            for name, node in alive.items()
-        ]
+        return [Node(name, node["NodeName"], self._kept.get(name, {})) for name, node in alive.items()]
 
     def _survey(self, nodes: list[str], registry: Registry) -> None:
         for node, kept in survey(self._plan, nodes).items():

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from memory_service.cluster.directory import Directory, members_of
+from memory_service.cluster.directory import Directory, Note, members_of
 from memory_service.cluster.opening import Reach
 from memory_service.cluster.options import ClusterOptions, cut_target
 from memory_service.cluster.place import Lines
@@ -57,14 +57,21 @@ class RayDirectory:
                 self._map = found
             return self._map
 
-    def nodes(self) -> Mapping[str, str]:
-        """The node of every service, by address."""
+    def notes(self) -> Mapping[str, Note]:
+        """The node of every service by address, and what the overseer says of those that do not run."""
         from model_worker.deployment import connection
 
         connection.connect()
         state = connection.ask(connection.overseer(self._name).state.remote())
-        reports = [one.report for one in state.copies if one.report is not None]
-        return {report.address: report.node_name for report in reports if report.address}
+        known = self.find(0)
+        shards = {shard.id: shard.addresses for shard in (*known.also, *known.shards)}
+        notes = {}
+        for one in state.copies:
+            mapped = shards.get(one.copy.shard_id, ())
+            here = mapped[one.copy.replica] if one.copy.replica < len(mapped) else ""
+            address = one.report.address if one.report and one.report.address else here
+            notes[address] = Note(one.report.node_name if one.report else "", one.problem)
+        return notes
 
     def _check(self, tls: bool, tokens: bool) -> None:
         if tls and self._reach.tls is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from contextlib import suppress
@@ -39,8 +40,8 @@ class Overseer:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._plan = plan
         self._target = f"ray://{plan.name}"
-        self._secrets: tuple[str, ...] = ()
-        self._tenants = self._connect()
+        self._secrets: tuple[str, ...] = ("",)
+        self._tenants = self._lines(self._secrets)
         file = _own_directory(plan) / _FILE
         self._registry = Registry(self._target, file, self._tenants[0].place)
         self._shards = (again and self._registry.wanted) or plan.shards
@@ -74,7 +75,9 @@ class Overseer:
             problem = self._crew.problems.get(copy, "") or self._problem_of(report, known)
             states.append(CopyState(copy, report, problem))
         epoch = known.epoch if known else 0
-        return ClusterState(self._plan, self._shards, epoch, tuple(states), self._doing, self._problem)
+        settled = known is not None and not known.also and set(known.ids) == self._ids
+        doing = self._doing or ("" if settled else "changing the shards")
+        return ClusterState(self._plan, os.getpid(), self._shards, epoch, tuple(states), doing, self._problem)
 
     def _problem_of(self, report: Report | None, known: ShardMap | None) -> str:
         """What is wrong with a copy whose keeper is well; empty: nothing."""
@@ -95,7 +98,6 @@ class Overseer:
         """Want so many shards from now on; their documents move in the background."""
         self._shards = shards
         self._registry.want(shards)
-        self._doing = "changing the shards"
 
     def give_up(self, shard: int) -> None:
         """What a shard held, all of whose copies are gone, is not waited for any longer."""
@@ -130,7 +132,7 @@ class Overseer:
                 self._tell(f"{type(error).__name__}: {error}")
 
     def _round(self) -> None:
-        self._tenants = self._connect()
+        self._read_tokens()
         self._crew.want(self._copies())
         self._crew.look(self._registry, self._may_begin_empty)
         reports = self._crew.reports
@@ -148,9 +150,14 @@ class Overseer:
         if not known.also:
             self._publish(caretaker, known, addresses)
         self._heal(caretaker)
-        self._move(caretaker, addresses)
         self._doing = ""
+        self._move(caretaker, addresses)
         self._crew.dismiss([copy for copy in self._crew.wanted if copy not in self._copies()], delete_data=True)
+
+    @property
+    def _ids(self) -> set[str]:
+        """The shards wanted, as the map has them."""
+        return {f"s{number}" for number in range(self._shards)}
 
     def _copies(self) -> list[Copy]:
         """All copies there are to be: of the shards wanted, and of those that are still in the map."""
@@ -223,7 +230,7 @@ class Overseer:
         if known.also:
             target = known.shards if known.switched else known.also
         else:
-            wanted = {f"s{number}" for number in range(self._shards)}
+            wanted = self._ids
             if wanted == set(known.ids):
                 return
             here = {copy: address for copy, address in addresses.items() if copy.shard_id in wanted}
@@ -235,6 +242,7 @@ class Overseer:
             target = tuple(kept.get(shard.id, shard) for shard in self._layout(here))
         self._doing = "moving documents"
         moved = caretaker.move(target, self._advance)
+        self._doing = ""
         log.info("moved: copied %d documents, deleted %d", moved.copied, moved.deleted)
 
     def _layout(self, addresses: dict[Copy, str]) -> tuple[Shard, ...]:
@@ -254,12 +262,18 @@ class Overseer:
 
     # --- Connections ---
 
-    def _connect(self) -> tuple[Lines, ...]:
-        """Connections with each tenant's token; made anew when a file has changed."""
+    def _read_tokens(self) -> None:
+        """Take up the tokens; connections are made anew when a file has changed."""
+        secrets = tuple(_secret(file) for file in self._plan.security.token_files) or ("",)
+        if secrets != self._secrets:
+            before, self._tenants = self._tenants, self._lines(secrets)
+            self._secrets = secrets
+            for lines in before:
+                lines.close()
+
+    def _lines(self, secrets: tuple[str, ...]) -> tuple[Lines, ...]:
+        """Connections with each tenant's token."""
         security = self._plan.security
-        secrets = tuple(_secret(file) for file in security.token_files) or ("",)
-        if secrets == self._secrets:
-            return self._tenants
         tls = None
         if security.tls_certificate is not None:
             mutual = security.tls_client_ca is not None
@@ -272,9 +286,6 @@ class Overseer:
         def lines_of(secret: str) -> Lines:
             return Lines(lambda authority: Address(authority, authority, tls, secret or None), _LINE)
 
-        for lines in self._tenants if self._secrets else ():
-            lines.close()
-        self._secrets = secrets
         return tuple(lines_of(secret) for secret in secrets)
 
 

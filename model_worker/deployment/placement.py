@@ -14,7 +14,6 @@ class Node:
 
     id: str
     name: str
-    host: str
     kept: Mapping[Copy, int]  # What lies on its disk: the epoch of the map that the copy's service knew last.
 
 

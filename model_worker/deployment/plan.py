@@ -89,6 +89,7 @@ class ClusterState:
     """How a cluster is, as its overseer sees it."""
 
     plan: Plan
+    pid: int  # Of the overseer.
     shards: int  # That are wanted.
     epoch: int  # Of the shard map; 0: there is none yet.
     copies: tuple[CopyState, ...]

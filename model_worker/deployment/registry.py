@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_service.client.remote import RemotePlace
-from memory_service.cluster.directory import members_of
+from memory_service.cluster.directory import Note, members_of
 from memory_service.errors import DataLoss, Unavailable
 from memory_service.shards import Member, Shard, ShardMap
 
@@ -69,7 +69,7 @@ class Registry:
                 raise Unavailable(f"the services of {self.target} are starting; there is no shard map yet")
             return self._map
 
-    def nodes(self) -> Mapping[str, str]:
+    def notes(self) -> Mapping[str, Note]:
         """Nothing: who asks the overseer for its state knows more."""
         return {}
 

@@ -70,7 +70,9 @@ def ray_nodes(workers: int, **given: Any) -> Iterator[RayNodes]:
     before = {name: os.environ.get(name) for name in (*told, "RAY_ADDRESS")}
     os.environ.update(told)
     (directory / "ray").mkdir()
-    cluster = Cluster(initialize_head=True, head_node_args=_NODE | {"node_name": "head"} | given)
+    cluster = Cluster(
+        initialize_head=True, head_node_args=_NODE | {"node_name": "head", "include_log_monitor": False} | given
+    )
     nodes = RayNodes(cluster, directory)
     try:
         for number in range(workers):
