@@ -98,9 +98,10 @@ def api(
 
     # Transformers takes seconds to import; what was wrong so far should not.
     from memory_service.server import run
-    from model_worker.api.server import Addresses, serve
+    from model_worker.api.limits import Limits
+    from model_worker.api.process import serve
+    from model_worker.api.server import Addresses
     from model_worker.api.setup import Setup
-    from model_worker.api.worker import Limits
     from model_worker.serving.settings import BatchSettings
 
     addresses = Addresses(

@@ -131,7 +131,7 @@ def test_a_conversation_stays_with_its_replica(cloud: Cloud, name: str) -> None:
         "model": "reference",
         "max_tokens": 2,
         "temperature": 0,
-        "prompt_cache_key": f"{name}-http",
+        "extra_body": {"prompt_cache_key": f"{name}-http"},
         "extra_headers": {"x-session-id": name},
     }
     first = cloud.openai().completions.create(prompt=prompt, **asked)

@@ -36,18 +36,17 @@ def fot_api(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, st
     """The process, and where it says that HTTP and gRPC are."""
     command = [sys.executable, "-m", "memory_service.cli", "api", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None and process.stderr is not None
-        told = process.stdout.readline()
-        found = re.search(r"at (http://\S+) and grpc://(\S+)", told)
-        assert found, told + process.stderr.read()
-        yield process, found[1], found[2]
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            told = process.stdout.readline()
+            found = re.search(r"at (http://\S+) and grpc://(\S+)", told)
+            assert found, told + process.stderr.read()
+            yield process, found[1], found[2]
+        finally:
+            process.kill()
 
 
 def test_it_serves_both_until_it_is_told_to_stop_and_finishes_what_it_began(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from memory_service.auth import TokenFile
 from memory_service.types import Role
 from model_worker import reference
 from model_worker.api.keys import Keys
-from model_worker.api.server import Addresses, Server, running
+from model_worker.api.limits import Limits
+from model_worker.api.process import running
+from model_worker.api.server import Addresses, Server
 from model_worker.api.tenants import Tenants
-from model_worker.api.worker import Limits, Worker
+from model_worker.api.worker import Worker
 from model_worker.cli.opening import load_tokenizer
 from model_worker.fitting import spec_of
 from model_worker.model import FotModel
