@@ -178,10 +178,12 @@ class Batcher:
         with self._changed:
             self._closing = True
             waiting, self._queue = list(self._queue), deque()
-        for job in [*waiting, *self._reading, *self._writing]:
-            self._end(job, Finish.CANCELLED if error is None else error)
+        why = Finish.CANCELLED if error is None else error
+        for row in reversed(range(len(self._writing))):
+            self._leave(row, why)
+        for job in [*waiting, *self._reading]:
+            self._end(job, why)
         self._reading.clear()
-        self._writing.clear()
         self._kept.clear()
 
     def _drop_cancelled(self) -> None:
