@@ -164,9 +164,7 @@ def _one_by_one(
     return Round(time.perf_counter() - started, time.process_time() - cpu, tokens, streams)
 
 
-def _batched(
-    fot: FotModel, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, recall: Recall
-) -> Round:
+def _batched(fot: FotModel, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, recall: Recall) -> Round:
     streams = [Stream() for _ in prompts]
     ended, failed, tokens = threading.Semaphore(0), list[Exception](), [0]
     with Batcher(fot, tokenizer, BatchSettings(max_rows=len(prompts))) as batcher:

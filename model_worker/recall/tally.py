@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memory_service import Attended, Attribution, Coverage, Measured, TopTokens
+from memory_service import Attended, Attribution, Coverage, Measured
 from model_worker.passages import PASSAGE_TOKENS, check_passage_tokens
 from model_worker.settings import Read
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from memory_service import DType, InvalidArgument, Memory, NotFound, SessionExpired, Unavailable, WrongModel
 from memory_service.errors import FotError, ResourceExhausted
 from model_worker.answering import Answer, Sampling, answer
-from model_worker.model import FotModel, spec_of
+from model_worker.fitting import spec_of
+from model_worker.model import FotModel
 from model_worker.serving.batcher import Batcher
 from model_worker.serving.load import Load
 from model_worker.serving.requests import Event, Failed, Finish, Finished, Request, Text, Ticket
@@ -145,16 +146,15 @@ def test_every_request_gets_the_text_and_sources_it_would_get_alone(
             assert finished.reason is (Finish.STOP if 1 in told.token_ids else Finish.LENGTH)
             assert finished.sources.engine == told.sources.engine
             assert finished.sources.window_mass == pytest.approx(told.sources.window_mass, abs=1e-4)
-            assert finished.sources.session_mass == pytest.approx(told.sources.session_mass, abs=1e-4)
-            # Dense attention tells the documents by the mean of a call's queries, and prompts are read in smaller calls.
+            # Dense attention tells its sources by the mean of a call's queries, and prompts are read in smaller calls.
+            near = 1e-4 if recall.top_k else 2e-3
+            assert finished.sources.session_mass == pytest.approx(told.sources.session_mass, abs=near)
             masses = {source.document: source.mass for source in told.sources.documents}
-            assert {s.document: s.mass for s in finished.sources.documents} == pytest.approx(masses, abs=2e-3)
+            assert {s.document: s.mass for s in finished.sources.documents} == pytest.approx(masses, abs=near)
     assert model.memory is not None and model.memory.stats().sessions == 0
 
 
-def alone_after(
-    batcher: Batcher, model: FotModel, tokenizer: PreTrainedTokenizerFast, request: Request
-) -> Answer:
+def alone_after(batcher: Batcher, model: FotModel, tokenizer: PreTrainedTokenizerFast, request: Request) -> Answer:
     """The oracle, once the batcher rests: a model is for one thread at a time."""
     until(lambda: batcher.load().running == batcher.load().queued == 0)
     return alone(model, tokenizer, request)
@@ -239,8 +239,9 @@ def test_a_step_asks_the_memory_once_a_layer_for_all_rows(
         for one in submitted(batcher, [Request(ids, 20, recall=TOP) for ids in prompts(9, 11, 13, 15)]):
             assert one.finished.completion_tokens > 10
         steps = batcher.load().steps
-    assert len(calls) == 2 * steps + 2 * 4  # Two memory layers; the four prompts were one slice each.
-    assert calls.count(4) >= 2 * 10 - 2
+    # Two memory layers. The four prompts were read in one pass, or in more if they came one by one.
+    assert 2 * (steps + 1) <= len(calls) <= 2 * (steps + 4)
+    assert calls.count(4) >= 2 * 7
 
 
 # --- Text -----------------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_a_stop_text_ends_the_answer_across_tokens_and_is_not_told(
         assert other.finished.reason is Finish.LENGTH and other.text == whole
 
 
-def test_any_of_several_tokens_ends_an_answer(base: PreTrainedModel, model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_any_of_several_tokens_ends_an_answer(model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
     request = Request(prompts(30)[0], 24, recall=TOP)
     said = alone(model, tokenizer, request).token_ids
     model.generation_config.eos_token_id = [1, said[5]]
@@ -300,7 +301,8 @@ def test_answers_go_on_while_a_long_prompt_is_read(model: FotModel, tokenizer: P
 def test_a_full_queue_refuses_and_says_what_to_do(model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
     (ids,) = prompts(20)
     with Batcher(model, tokenizer, BatchSettings(max_rows=1, max_queued=1)) as batcher:
-        (first,) = submitted(batcher, [Request(ids, 200, recall=TOP)])
+        first = Heard()
+        ticket = batcher.submit(Request(ids, 10_000, recall=Recall(())), first)
         first.begun.wait(PATIENCE_S)
         (second,) = submitted(batcher, [Request(ids, 2, recall=TOP)])
         load = batcher.load()
@@ -308,6 +310,7 @@ def test_a_full_queue_refuses_and_says_what_to_do(model: FotModel, tokenizer: Pr
         with pytest.raises(ResourceExhausted, match="try again later") as refused:
             batcher.submit(Request(ids, 2), Heard())
         assert refused.value.retry_after_s
+        ticket.cancel()
         assert second.finished.completion_tokens == 2 and second.finished.queued_s > 0
 
 
@@ -327,7 +330,10 @@ def test_windows_stay_within_their_bytes_one_row_aside(model: FotModel, tokenize
 @pytest.mark.parametrize("when", ["reading", "writing"])
 def test_an_error_of_one_row_is_its_own(model: FotModel, tokenizer: PreTrainedTokenizerFast, when: str) -> None:
     assert model.memory is not None
-    good, bad = Request(prompts(30)[0], 60, recall=TOP), Request(prompts(20)[0], 300, recall=replace(TOP, documents="doc-1"))
+    good, bad = (
+        Request(prompts(30)[0], 60, recall=TOP),
+        Request(prompts(20)[0], 300, recall=replace(TOP, documents="doc-1")),
+    )
     if when == "reading":
         model.memory.delete("doc-1")
     with Batcher(model, tokenizer) as batcher:
@@ -344,13 +350,13 @@ def test_an_error_of_one_row_is_its_own(model: FotModel, tokenizer: PreTrainedTo
 def test_a_lost_session_fails_its_row_only(model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
     assert model.memory is not None
     with Batcher(model, tokenizer) as batcher:
-        lost, kept = submitted(batcher, [Request(ids, 4000, recall=TOP) for ids in prompts(150, 20)])
+        lost, kept = submitted(batcher, [Request(prompts(150)[0], 4000), Request(prompts(5)[0], 30)])
         lost.begun.wait(PATIENCE_S)
         kept.begun.wait(PATIENCE_S)
-        line = next(line for line in batcher._batch.lines if line.ids[:3].tolist() == prompts(150)[0:1][0][:3] or line.row.stretches)
+        line = next(line for line in batcher._batch.lines if line.row.stretches)
         line.row.stretches[0].session.close()
         assert isinstance(lost.error, SessionExpired)
-        assert not kept.done.is_set()
+        assert kept.finished.completion_tokens == 30
 
 
 def test_a_listener_that_fails_ends_its_own_request(model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -385,9 +391,7 @@ def test_a_step_that_fails_fails_those_in_it_and_the_next_request_is_answered(
         until(lambda: model.memory is not None and model.memory.stats().sessions == 0)
 
 
-def test_what_cannot_be_answered_is_refused_at_once(
-    model: FotModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_what_cannot_be_answered_is_refused_at_once(model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
     foreign = FotConfig(mem_layers=(1, 2), window=48, last_context_length=24)
     spec = spec_of(tiny_model("llama", seed=7), foreign)
     with Batcher(model, tokenizer) as batcher, Memory.open(":memory:", spec=spec) as other:
@@ -480,7 +484,7 @@ def test_another_beginning_scope_or_memory_is_read_from_scratch(
         for change in ({"ids": prompts(44)[0]}, {"recall": Recall(("doc-1",), top_k=8)}, {"memory": other}):
             assert submitted(batcher, [first])[0].finished.completion_tokens == 8
             longer = replace(first, ids=(*first.ids, *prompts(9)[0]))
-            changed = replace(longer, **change)  # type: ignore[arg-type]
+            changed = replace(longer, **change)
             assert submitted(batcher, [changed])[0].finished.cached_tokens == 0
 
 
@@ -509,9 +513,7 @@ def test_conversations_are_few_and_end(model: FotModel, tokenizer: PreTrainedTok
         until(lambda: model.memory is not None and model.memory.stats().sessions == 0)
 
 
-def test_a_conversation_whose_session_is_lost_is_read_anew(
-    model: FotModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_conversation_whose_session_is_lost_is_read_anew(model: FotModel, tokenizer: PreTrainedTokenizerFast) -> None:
     first = Request(prompts(70)[0], 8, recall=TOP, conversation="talk")
     with Batcher(model, tokenizer) as batcher:
         assert submitted(batcher, [first])[0].finished.completion_tokens == 8
