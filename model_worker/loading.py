@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memory_service import Attended, Partial, Scope, SessionScope
 from memory_service.types import SessionAppend
@@ -25,12 +25,14 @@ from model_worker.hf.lean import Lean, lean_of
 from model_worker.positions.policy import Policy
 from model_worker.recall.reader import Promise, Reader, whole_scope
 from model_worker.recall.rows import Row, Rows, Stretch
+from model_worker.repeats import Repeats
 from model_worker.settings import FotConfig, Recall
 from model_worker.steps import LoadStep, Piece, Store, spread
 
 OnLogits = Callable[[Piece, Tensor], None]
 
 _PASS_TOKENS = 2048  # Of a lean pass at most: what lies between two of its products should stay in a cache.
+_REMEMBERED = 65_536  # Tokens in windows that may come again: some tens of MB of a small model's keys and values.
 
 
 def cut(row: int, stop: int, window: int, overlap: int, pads: int = 0) -> list[Piece]:
@@ -92,23 +94,66 @@ def _load_lean(
     store: Store,
     on_block: Callable[[int], None] | None,
 ) -> None:
-    """The same by the lean pass: blocks side by side on all cores, stored by the caller's thread and in order."""
-    found = deque[tuple[list[Piece], Future[tuple[Tensor, Tensor]]]]()
+    """The same by the lean pass: blocks side by side on all cores, stored by the caller's thread and in order.
+
+    Windows whose tokens stood in an earlier window are not computed again.
+    """
+    longest = max(piece.tokens for piece in pieces)
+    repeats = Repeats((_seen(piece, texts) for piece in pieces), _REMEMBERED // longest)
+    todo = list(blocks([pieces[number] for number in repeats.firsts], min(fot.block_tokens, _PASS_TOKENS)))
+    found = deque[Future[tuple[Tensor, Tensor]]]()
+    whole = _Whole(repeats, pieces, fot.block_tokens)
 
     def settle() -> None:
-        block, part = found.popleft()
-        store.append(fot.mem_layers[-1], block, *part.result())
-        if on_block is not None:
-            on_block(sum(piece.stop - piece.fresh for piece in block))
+        for block, keys, values in whole.after(*found.popleft().result()):
+            store.append(fot.mem_layers[-1], block, keys, values)
+            if on_block is not None:
+                on_block(sum(piece.stop - piece.fresh for piece in block))
 
-    todo = list(blocks(pieces, min(fot.block_tokens, _PASS_TOKENS)))
     with Crew(len(todo)) as crew:
         for block in todo:
-            found.append((block, crew.submit(partial(_filled, lean, block, texts))))
+            found.append(crew.submit(partial(_filled, lean, block, texts)))
             if len(found) == 2 * crew.threads:
                 settle()
         while found:
             settle()
+
+
+class _Whole:
+    """All windows in order, as those that are computed come."""
+
+    def __init__(self, repeats: Repeats, pieces: Sequence[Piece], tokens: int):
+        """Blocks of repeated windows have at most `tokens`."""
+        self._repeats = repeats
+        self._pieces = pieces
+        self._tokens = tokens
+        self._firsts = deque(repeats.firsts)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # Windows [K, n, D] that later ones take over.
+        self._next = 0
+
+    def after(self, keys: Tensor, values: Tensor) -> Iterator[tuple[Sequence[Piece], Tensor, Tensor]]:
+        """Blocks of windows, with keys and values [B, K, n, D], that are complete with these of the next computed."""
+        computed = {self._firsts.popleft(): number for number in range(len(keys))}
+        begin, self._next = self._next, self._firsts[0] if self._firsts else len(self._pieces)
+        if self._next - begin == len(computed):
+            yield self._pieces[begin : self._next], keys, values
+        else:
+            now = self._kept | {one: (keys[row], values[row]) for one, row in computed.items()}
+            at = begin
+            for block in blocks(self._pieces[begin : self._next], self._tokens):
+                rows = [now[origin] for origin in self._repeats.origins[at : at + len(block)]]
+                at += len(block)
+                yield block, _stacked([key for key, _ in rows]), _stacked([value for _, value in rows])
+        self._kept = {one: pair for one, pair in self._kept.items() if self._repeats.last(one) >= self._next}
+        for one, row in computed.items():
+            if self._repeats.last(one) >= self._next:
+                # A block's tensors would stay as long as one of its windows does.
+                self._kept[one] = (keys[row].clone(), values[row].clone())
+
+
+def _seen(piece: Piece, texts: Sequence[Tensor]) -> tuple[int, bytes]:
+    """What a window's keys and values are made of, and from which token on they are kept."""
+    return piece.kept.start, texts[piece.row][piece.start : piece.stop].numpy().tobytes()
 
 
 def _filled(lean: Lean, block: Sequence[Piece], texts: Sequence[Tensor], room: Room) -> tuple[Tensor, Tensor]:
@@ -230,6 +275,12 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[range]:
         if number == len(pieces) or pieces[number].row != pieces[start].row:
             yield range(start, number)
             start = number
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Windows [K, n, D], padded to the longest: [B, K, n, D]."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
 
 
 def _strung(tensor: Tensor, kept: Sequence[tuple[int, slice]]) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from model_worker.serving.conversations import Conversations
 from model_worker.serving.job import Job
 from model_worker.serving.load import Load, Rate
 from model_worker.serving.readers import Readers
-from model_worker.serving.requests import Event, Failed, Finish, Request, Ticket
+from model_worker.serving.requests import Event, Finish, Request, Ticket
 from model_worker.serving.settings import BatchSettings
 from model_worker.state import State
 
@@ -178,10 +177,12 @@ class Batcher:
         with self._changed:
             self._closing = True
             waiting, self._queue = list(self._queue), deque()
-        for job in [*waiting, *self._reading, *self._writing]:
-            self._end(job, Finish.CANCELLED if error is None else error)
+        why = Finish.CANCELLED if error is None else error
+        for row in reversed(range(len(self._writing))):
+            self._leave(row, why)
+        for job in [*waiting, *self._reading]:
+            self._end(job, why)
         self._reading.clear()
-        self._writing.clear()
         self._kept.clear()
 
     def _drop_cancelled(self) -> None:
@@ -223,6 +224,7 @@ class Batcher:
             else:
                 job.state = self._model.start(recall, self._readers.take(job.memory))
             self._cached += job.cached_tokens
+            job.untouched = True
             job.slices = self._model.slices(job.state, job.request.ids[job.cached_tokens :], lambda: self._allowed)
             self._reading.append(job)
         except Exception as error:
@@ -231,9 +233,10 @@ class Batcher:
     def _read_prompts(self) -> None:
         """Slices of prompts, in turn, until the budget of a step is spent."""
         left = self.settings.step_tokens if self._writing else self.settings.idle_tokens
+        left -= self._read_together(left)
         while self._reading and left > 0:
             job = self._reading.popleft()
-            self._allowed = left
+            self._allowed, job.untouched = left, False
             try:
                 piece = next(job.slices)
             except Exception as error:
@@ -248,12 +251,45 @@ class Batcher:
                 assert piece.logits is not None
                 self._join(job, piece.logits)
 
-    def _again(self, job: Job, error: Exception) -> bool:
+    def _read_together(self, most: int) -> int:
+        """Short prompts that nothing was read of yet, in one pass; how many tokens that was, padding included."""
+        jobs: list[Job] = []
+        longest = 0
+        for job in self._reading:
+            tokens = len(job.request.ids) - job.cached_tokens
+            if job.untouched and self._model.fits(tokens) and max(longest, tokens) * (len(jobs) + 1) <= most:
+                longest = max(longest, tokens)
+                jobs.append(job)
+        if len(jobs) < 2:
+            return 0
+        for job in jobs:
+            self._reading.remove(job)
+        states, texts = zip(*((job.state, job.request.ids[job.cached_tokens :]) for job in jobs), strict=True)
+        try:
+            state, logits = self._model.read(states, texts)
+        except Exception as error:
+            for job in jobs:
+                self._end(job, error)
+            return most
+        self._read.add(sum(map(len, texts)))
+        self._batch.admit(state)
+        for job in jobs:
+            job.state = None
+        first = len(self._writing)
+        self._writing += jobs
+        self._next += [0] * len(jobs)
+        self._choose(first, logits.float().cpu())
+        return longest * len(jobs)
+
+    def _again(self, job: Job, error: Exception, row: int | None = None) -> bool:
         """Read the whole prompt anew if it went on from a conversation whose session is gone."""
         if not job.cached_tokens or not isinstance(error, SessionExpired) or job.ids:
             return False
-        assert job.state is not None
-        self._let_go(job.state, job.memory)
+        if row is None:
+            assert job.state is not None
+            self._let_go(job.state.close, job.memory)
+        else:
+            self._let_go(self._vacate(row).rows.close, job.memory)
         job.state, self._cached = None, self._cached - job.cached_tokens
         job.cached_tokens = 0
         self._begin(job)
@@ -288,17 +324,22 @@ class Batcher:
             self._abandon(error)
             return
         self._steps += 1
-        self._written.add(len(self._writing))
+        self._choose(0, logits)
+
+    def _choose(self, first: int, logits: Tensor) -> None:
+        """The next token of the rows from `first` on, by their logits [B, V]."""
         best = logits.argmax(-1).tolist()
-        for row in reversed(range(len(self._writing))):  # Backwards: a row that leaves gives its place to the last.
+        self._written.add(len(best))
+        for row in reversed(range(first, len(self._writing))):  # Backwards: who leaves gives its place to the last.
             job, line = self._writing[row], self._batch.lines[row]
             try:
                 if line.error is not None:
                     raise line.error
-                token = best[row] if job.greedy else job.choose(logits[row])
+                token = best[row - first] if job.greedy else job.choose(logits[row - first])
                 reason = job.take(token)
             except Exception as error:
-                self._leave(row, error)
+                if not self._again(job, error, row):
+                    self._leave(row, error)
                 continue
             self._next[row] = token
             if reason is not None:
@@ -317,11 +358,14 @@ class Batcher:
         """A row of the batch is done."""
         job = self._writing[row]
         state = self._batch.alone(row) if self._keeps(job, why) else None
-        line = self._batch.leave(row)
-        for per_row in (self._writing, self._next):
-            per_row[row] = per_row[-1]  # type: ignore[index]
-            per_row.pop()
-        self._conclude(job, why, state, line)
+        self._conclude(job, why, state, self._vacate(row))
+
+    def _vacate(self, row: int) -> Line:
+        """Let a row of the batch go, and the last one take its place."""
+        self._writing[row], self._next[row] = self._writing[-1], self._next[-1]
+        self._writing.pop()
+        self._next.pop()
+        return self._batch.leave(row)
 
     def _end(self, job: Job, why: Finish | Exception) -> None:
         """A request that is not in the batch is done."""
@@ -370,11 +414,11 @@ class Batcher:
 
         self._goodbyes.submit(run)
 
-    def _let_go(self, state: State, memory: Memory | None) -> None:
-        """Nobody goes on from this state."""
+    def _let_go(self, close: Callable[[], None], memory: Memory | None) -> None:
+        """Nobody goes on from what this closes."""
 
         def run() -> None:
-            state.close()
+            close()
             self._readers.give_back(memory)
 
         self._goodbyes.submit(run)
