@@ -152,9 +152,8 @@ class Worker:
         return await asyncio.to_thread(self._chat_ids, messages)
 
     def close(self) -> None:
-        """Finish what is being stored and let go of the memories."""
+        """Finish what is being stored."""
         self.intake.close()
-        self.tenants.close()
 
     def _chat_ids(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         from jinja2 import TemplateError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from memory_service.auth import EVERYONE, TokenFile
 from memory_service.errors import FailedPrecondition
 from memory_service.types import Identity, Role
 from model_worker.api.keys import Keys
+from model_worker.api.process import running
 from model_worker.api.server import Addresses
+from model_worker.api.setup import Setup
 from model_worker.api.tenants import Tenants
 from model_worker.v1 import model_worker_pb2 as pb
 from model_worker.v1 import model_worker_pb2_grpc as pb_grpc
 from tests.memory_service.places import serving
+from tests.memory_service.test_tls import Authority
 from tests.model_worker.tiny import save_tiny_llama
 from tests.model_worker.workers import PLAIN_TEMPLATE
 
@@ -98,6 +102,24 @@ def test_unsafe_addresses_are_refused(addresses: Addresses, keys: bool, word: st
 def test_unsafe_addresses_can_be_insisted_on() -> None:
     Addresses("0.0.0.0:8000", "0.0.0.0:50051", insecure=True).check(False)
     Addresses("localhost:8000", "[::1]:50051").check(False)
+
+
+def test_both_speak_tls_with_the_same_certificate(tmp_path: Path) -> None:
+    authority = Authority("ours")
+    certificate, key = authority.issue("127.0.0.1")
+    (tmp_path / "tls.crt").write_bytes(certificate)
+    (tmp_path / "tls.key").write_bytes(key)
+    (tmp_path / "ca.crt").write_bytes(authority.pem)
+    addresses = Addresses("127.0.0.1:0", "127.0.0.1:0", tmp_path / "tls.crt", tmp_path / "tls.key")
+    setup = Setup(save_tiny_llama(tmp_path / "tiny"), "tiny", ":memory:", mem_layers=(1,), window=64)
+    with setup.open() as (worker, keys), running(worker, keys, addresses) as server:
+        trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+        assert httpx.get(f"https://{server.http}/v1/models", verify=trusted).json()["data"][0]["id"] == "tiny"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"https://{server.http}/v1/models")
+        with grpc.secure_channel(str(server.grpc), grpc.ssl_channel_credentials(authority.pem)) as channel:
+            told = pb_grpc.ModelWorkerStub(channel).GetModel(pb.GetModelRequest(), timeout=10)
+            assert told.id == "tiny" and list(told.memory_layers) == [1] and not told.chat
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------------

@@ -143,8 +143,10 @@ def placed(
         accepted = Keys(api_keys.path, directory / "memory-tokens")
         own = closing.enter_context(Memory.open(":memory:", spec=spec_of(base, fot)))
         model = closing.enter_context(FotModel(base, fot, own))
+        tenants = Tenants(target, accepted)
+        closing.callback(tenants.close)  # After the batcher has closed its sessions there.
         batcher = closing.enter_context(Batcher(model, tokenizer))
-        worker = Worker("tiny", model, tokenizer, batcher, Tenants(target, accepted), limits)
+        worker = Worker("tiny", model, tokenizer, batcher, tenants, limits)
         closing.callback(worker.close)
         addresses = Addresses("127.0.0.1:0", "127.0.0.1:0", drain_grace_s=1.0)
         server = closing.enter_context(running(worker, accepted, addresses))
