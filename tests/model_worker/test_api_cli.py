@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import httpx2
 import openai
 import pytest
 
@@ -114,9 +115,9 @@ def test_both_speak_tls_with_the_same_certificate(tmp_path: Path) -> None:
     setup = Setup(save_tiny_llama(tmp_path / "tiny"), "tiny", ":memory:", mem_layers=(1,), window=64)
     with setup.open() as (worker, keys), running(worker, keys, addresses) as server:
         trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
-        assert httpx.get(f"https://{server.http}/v1/models", verify=trusted).json()["data"][0]["id"] == "tiny"
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"https://{server.http}/v1/models")
+        assert httpx2.get(f"https://{server.http}/v1/models", verify=trusted).json()["data"][0]["id"] == "tiny"
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"https://{server.http}/v1/models")
         with grpc.secure_channel(str(server.grpc), grpc.ssl_channel_credentials(authority.pem)) as channel:
             told = pb_grpc.ModelWorkerStub(channel).GetModel(pb.GetModelRequest(), timeout=10)
             assert told.id == "tiny" and list(told.memory_layers) == [1] and not told.chat

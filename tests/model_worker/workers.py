@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
+import httpx2
 import openai
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,14 +81,14 @@ class Place:
         """Metadata of a call."""
         return (("authorization", f"Bearer {self.keys.get(tenant, tenant)}"),)
 
-    def http(self, method: str, path: str, tenant: str = "north", **given: Any) -> httpx.Response:
+    def http(self, method: str, path: str, tenant: str = "north", **given: Any) -> httpx2.Response:
         """A bare request with a key."""
         headers = {"authorization": f"Bearer {self.keys.get(tenant, tenant)}"}
         return self.web.request(method, self.url + path, headers=headers, timeout=30, **given)
 
     @cached_property
-    def web(self) -> httpx.Client:
-        return httpx.Client()
+    def web(self) -> httpx2.Client:
+        return httpx2.Client()
 
     def create(self, collection: str, tenant: str = "north") -> None:
         """A collection, by gRPC."""
