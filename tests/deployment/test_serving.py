@@ -36,6 +36,8 @@ class Cloud:
     """Two replicas, a gateway and a memory service of two tenants."""
 
     def __init__(self, directory: Path, closing: ExitStack):
+        self.clients: dict[str, openai.OpenAI] = {}
+        self._closing = closing
         keys, tokens = TokenFile(directory / "keys.json"), TokenFile(directory / "tokens.json")
         (directory / "memory-tokens").mkdir()
         self.keys = {tenant: keys.create(tenant, tenant, Role.ADMIN) for tenant in ("north", "south")}
@@ -63,7 +65,12 @@ class Cloud:
         return (("authorization", f"Bearer {self.keys.get(tenant, tenant)}"),)
 
     def openai(self, tenant: str = "north") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(tenant, tenant), max_retries=0)
+        """The official client."""
+        if tenant not in self.clients:
+            key = self.keys.get(tenant, tenant)
+            self.clients[tenant] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+            self._closing.callback(self.clients[tenant].close)
+        return self.clients[tenant]
 
     def generate(self, tenant: str = "north", **given: Any) -> list[pb.GenerateResponse]:
         request = pb.GenerateRequest(**{"prompt": QUESTION, "options": pb.Options(max_new_tokens=5)} | given)

@@ -79,6 +79,7 @@ def test_it_serves_both_until_it_is_told_to_stop_and_finishes_what_it_began(tmp_
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         assert (chunks[-1].model_extra or {})["memory"]["documents"][0]["id"] == "a"
         assert process.wait(timeout=20) == 0
+        client.close()
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

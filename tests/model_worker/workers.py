@@ -90,6 +90,13 @@ class Place:
     def web(self) -> httpx2.Client:
         return httpx2.Client()
 
+    def close(self) -> None:
+        """Hang up."""
+        self.channel.close()
+        self.web.close()
+        for client in self.clients.values():
+            client.close()
+
     def create(self, collection: str, tenant: str = "north") -> None:
         """A collection, by gRPC."""
         self.stub.CreateCollection(pb.CreateCollectionRequest(name=collection), metadata=self.bearer(tenant))
@@ -151,7 +158,7 @@ def placed(
         addresses = Addresses("127.0.0.1:0", "127.0.0.1:0", drain_grace_s=1.0)
         server = closing.enter_context(running(worker, accepted, addresses))
         place = Place(server, worker, target, keys, memory_tokens)
-        closing.callback(lambda: place.channel.close())
+        closing.callback(place.close)
         yield place
 
 
