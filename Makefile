@@ -80,7 +80,7 @@ stubs-fresh: setup
 		cmp -s .cache/stubs/$$stub $$stub || { echo "$$stub is stale: run make protos and commit" >&2; exit 1; }; done
 
 deploy-sane: setup
-	$(BIN)/pytest -q tests/test_repository.py -k deployment
+	$(BIN)/pytest -q tests/deployment/test_deploy_files.py tests/deployment/test_deploy_commands.py tests/deployment/test_deploy_watching.py
 
 bench: setup  ## Measure attend, ingest, wire, prefill and decode; results go to bench-results/ (more than an hour)
 	mkdir -p bench-results

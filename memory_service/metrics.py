@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -38,6 +40,8 @@ class Metrics:
         }
         self._ready = Gauge("fot_ready", "1 while the store answers.", registry=self.registry)
         self._writable = Gauge("fot_writable", "0 once a disk error made it read-only.", registry=self.registry)
+        self._behind = Gauge("fot_behind", "1 while this replica may lack writes: fot heal.", registry=self.registry)
+        ProcessCollector(registry=self.registry)
         self.observe_call = cache(self._observer)
 
     def _observer(self, method: str, code: str) -> Callable[[float], None]:
@@ -57,10 +61,25 @@ class Metrics:
         self._gauges["calls"].labels(pool).set_function(calls)
         self._gauges["bytes"].labels(pool).set_function(held)
 
-    def watch_store(self, ready: Callable[[], bool], writable: Callable[[], bool]) -> None:
-        """Ask these whenever the page is read."""
+    def watch_store(
+        self,
+        ready: Callable[[], bool],
+        writable: Callable[[], bool],
+        behind: Callable[[], bool],
+        directory: Path | None,
+    ) -> None:
+        """Ask these whenever the page is read. Of a directory, also the room on its disk."""
         self._ready.set_function(ready)
         self._writable.set_function(writable)
+        self._behind.set_function(behind)
+        if directory is not None and directory.is_dir():
+            self._watch_disk(directory)
+
+    def _watch_disk(self, directory: Path) -> None:
+        free = Gauge("fot_disk_free_bytes", "Room left on the disk of the data.", registry=self.registry)
+        free.set_function(lambda: shutil.disk_usage(directory).free)
+        size = Gauge("fot_disk_bytes", "Size of the disk of the data.", registry=self.registry)
+        size.set_function(lambda: shutil.disk_usage(directory).total)
 
 
 @contextmanager

@@ -43,6 +43,9 @@ class ServedStore(AnyStore, Protocol):
     @property
     def read_only_reason(self) -> str | None: ...
 
+    @property
+    def behind(self) -> bool: ...
+
     def check_epoch(self, epoch: int, reads: bool) -> None: ...
 
 
@@ -53,15 +56,19 @@ class Server:
         check_exposure(settings)
         self.addresses: tuple[str, ...] = ()  # Where it listens, with the ports that were free.
         self.metrics_port: int | None = None
+        self.health_address: str | None = None
         self._store = store
         self._settings = settings
         self._metrics = Metrics()
-        self._metrics.watch_store(lambda: store.ready, lambda: store.read_only_reason is None)
+        self._metrics.watch_store(
+            lambda: store.ready, lambda: store.read_only_reason is None, lambda: store.behind, settings.data
+        )
         tokens = TokenFile(settings.tokens) if settings.tokens else None
         key = tokens.page_key if tokens else secrets.token_bytes(32)
         self._service = Service(store, settings, PageTokens(key), self._metrics)
         self._guard = Guard(tokens, settings.calls, self._metrics, store.check_epoch)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub lacks it
+        self._probed: aio.Server | None = None  # Answers probes, and nothing else.
         self._closing = ExitStack()
 
     async def start(self) -> None:
@@ -71,6 +78,8 @@ class Server:
             await self._start()
         except BaseException:
             await self._server.stop(None)
+            if self._probed is not None:
+                await self._probed.stop(None)
             self._service.close()
             self._closing.close()
             raise
@@ -85,6 +94,8 @@ class Server:
         if self._settings.metrics:
             host, port = split_address(self._settings.metrics)
             self.metrics_port = self._closing.enter_context(page(self._metrics, host, port))
+        if self._settings.health:
+            await self._answer_probes(self._settings.health)
         await self._tell_health()
         await self._server.start()
         self._watching = asyncio.create_task(self._watch_health())
@@ -100,23 +111,27 @@ class Server:
         await asyncio.sleep(self._settings.drain_delay_s)
         self._guard.draining = True
         await self._server.stop(self._settings.drain_grace_s)
+        if self._probed is not None:
+            await self._probed.stop(None)
         await asyncio.to_thread(self._service.close)
         self._closing.close()
         event(logging.INFO, "stopped")
 
+    async def _answer_probes(self, address: str) -> None:
+        """Health on an address of its own: whether the service serves is all that can be learnt there."""
+        split_address(address)
+        self._probed = aio.server(options=_options(self._settings.message_bytes))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+        self.health_address = _bound(self._probed.add_insecure_port, address)
+        await self._probed.start()
+
     def _bind(self, address: str) -> str:
         if self._settings.tls_certificate and not address.startswith(_UNIX):
-            bind: Callable[[str], int] = self._bind_tls
-        else:
-            bind = self._server.add_insecure_port
-        try:
-            port = bind(address)
-        except RuntimeError as error:
-            raise FailedPrecondition(f"cannot listen on {address}; is another service running there?") from error
+            return _bound(self._bind_tls, address)
+        bound = _bound(self._server.add_insecure_port, address)
         if address.startswith(_UNIX):
             Path(address.removeprefix(_UNIX)).chmod(0o600)
-            return address
-        return f"{address.rpartition(':')[0]}:{port}"
+        return bound
 
     def _bind_tls(self, address: str) -> int:
         return self._server.add_secure_port(address, _credentials(self._settings))
@@ -228,6 +243,15 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 0xFFFF:
         raise InvalidArgument(f"an address is 'host:port' or 'unix:/path', got {address!r}")
     return host.strip("[]"), int(port)
+
+
+def _bound(bind: Callable[[str], int], address: str) -> str:
+    """The address with the port that was free. Raises FailedPrecondition if it is taken."""
+    try:
+        port = bind(address)
+    except RuntimeError as error:
+        raise FailedPrecondition(f"cannot listen on {address}; is another service running there?") from error
+    return address if address.startswith(_UNIX) else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _options(message_bytes: int) -> list[tuple[str, Any]]:

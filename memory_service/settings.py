@@ -69,6 +69,7 @@ class ServerSettings(BaseSettings):
 
     # Watching and stopping.
     metrics: str | None = None  # "host:port" of the Prometheus page /metrics; None: no page.
+    health: str | None = None  # "host:port" of gRPC health and nothing else, without TLS: a kubelet's probes know none.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     drain_delay_s: float = Field(0.0, ge=0)  # Between saying NOT_SERVING and refusing calls, for load balancers.

@@ -257,6 +257,11 @@ class Store:
             self._storage_failed(error)
             raise
 
+    @property
+    def behind(self) -> bool:
+        """Whether this replica may lack writes, and answers no reads until it is healed."""
+        return self.membership.member.behind
+
     def check_epoch(self, epoch: int, reads: bool) -> None:
         """Raise StaleMap if a call was routed by an older shard map, Unavailable if it must not be answered here."""
         self.membership.check(epoch, reads)

@@ -184,32 +184,3 @@ def test_no_unfinished_work_is_left_behind() -> None:
         for match in unfinished.finditer(path.read_text())
     ]
     assert found == []
-
-
-# --- Deployment -----------------------------------------------------------------------------------------------------
-
-
-def test_deployment_image_runs_as_nobody_in_particular_and_copies_what_exists() -> None:
-    text = (ROOT / "deploy/docker/memory_service.Dockerfile").read_text()
-    assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] == "10001:10001"
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
-    for source in " ".join(copied).split():
-        assert (ROOT / source).exists(), source
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert set(" ".join(copied).split()) <= allowed
-
-
-def test_deployment_starts_the_service_with_options_it_has() -> None:
-    serve = dict(commands())["fot serve"]
-    options = {option for parameter in serve.params for option in parameter.opts}
-    for file in ("deploy/compose.yaml", "deploy/docker/memory_service.Dockerfile"):
-        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(_serve_lines(ROOT / file))))
-        assert used <= options, f"{file} uses {used - options}"
-
-
-def _serve_lines(path: Path) -> list[str]:
-    """The lines that make up the service's command line."""
-    lines = path.read_text().splitlines()
-    start = next(number for number, line in enumerate(lines) if re.search(r"\bserve\b", line))
-    stop = next((n for n in range(start + 1, len(lines)) if re.match(r"\s{0,4}[a-z_]+:", lines[n])), len(lines))
-    return lines[start:stop]

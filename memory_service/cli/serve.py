@@ -42,6 +42,9 @@ def serve(
         bool | None, typer.Option("--insecure", help="Serve other machines without TLS or tokens.")
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="host:port of the Prometheus page /metrics.")] = None,
+    health: Annotated[
+        str | None, typer.Option(help="host:port of gRPC health alone, without TLS, for a kubelet's probes.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where attention runs: cpu, cuda, cuda:1, …")] = None,
     resident: Annotated[str | None, typer.Option(help="RAM for hot keys and values, as in 8GiB.")] = None,
     sessions: Annotated[str | None, typer.Option(help="RAM for all sessions, as in 8GiB.")] = None,
@@ -61,6 +64,7 @@ def serve(
         tls_client_ca=tls_client_ca,
         insecure=insecure,
         metrics=metrics,
+        health=health,
         log_level=log_level,
         log_format=log_format,
         store=_given(device=device, resident_bytes=_bytes(resident), session_bytes=_bytes(sessions)),

@@ -76,9 +76,16 @@ Flow = Generator[Step, Any, Answer]
 
 
 def flow_of(
-    verb: Verb[Answer], timeout_s: float, now: Callable[[], float] = time.monotonic, patience_s: float = PATIENCE_S
+    verb: Verb[Answer],
+    timeout_s: float,
+    now: Callable[[], float] = time.monotonic,
+    patience_s: float | None = None,
 ) -> Flow[Answer]:
-    """The steps that answer a verb over the wire, within `timeout_s`; an unreachable service is tried `patience_s`."""
+    """The steps that answer a verb over the wire, within `timeout_s`.
+
+    A service that cannot be reached is tried for `patience_s`; None: PATIENCE_S.
+    """
+    patience_s = PATIENCE_S if patience_s is None else patience_s
     return cast(Flow[Answer], _flow_of(verb, _Budget(timeout_s, now, patience_s)))
 
 

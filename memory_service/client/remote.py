@@ -13,7 +13,7 @@ import grpc
 from grpc import aio
 
 from memory_service.chunks import encode_chunk
-from memory_service.client.flows import PATIENCE_S, Call, Connect, Flow, Send, Sleep, Step, flow_of
+from memory_service.client.flows import Call, Connect, Flow, Send, Sleep, Step, flow_of
 from memory_service.client.payload import missing_chunks
 from memory_service.client.places import Address, Tls, closed
 from memory_service.codec import EPOCH, RPCS, UPLOAD_CHUNKS, Rpc
@@ -50,7 +50,7 @@ BROKEN_LINE = (
 class Line:
     """How long to wait for a service that does not answer."""
 
-    patience_s: float = PATIENCE_S  # A call that may be repeated is, for so long.
+    patience_s: float | None = None  # A call that may be repeated is, for so long; None: as flows says.
     connect_ms: int = 100  # For one attempt to connect.
     reconnect_ms: int = 1000  # Between attempts, at most.
     alive_ms: int = 60_000  # After so long without a word a peer is asked whether it is there; …
@@ -241,6 +241,7 @@ def _options(address: Address, line: Line) -> list[tuple[str, Any]]:
         ("grpc.max_reconnect_backoff_ms", line.reconnect_ms),
         ("grpc.keepalive_time_ms", line.alive_ms),
         ("grpc.keepalive_timeout_ms", line.answer_ms),
+        ("grpc.http2.ping_timeout_ms", line.answer_ms),  # A minute unless told, whatever the line before says.
     ]
     renamed = address.tls.server_name if address.tls else None
     return [*options, ("grpc.ssl_target_name_override", renamed)] if renamed else options

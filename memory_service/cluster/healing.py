@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ class Difference:
 
 
 Places = Mapping[str, RemotePlace]
+SETTLE_S = 0.5  # What is told to all replicas has reached all of them by then.
 
 
 def differences(shards: ShardMap, shard: Shard, memory: MemoryInfo, held: Mapping[str, Holding]) -> list[Difference]:
@@ -93,8 +95,12 @@ def _agreed_memories(places: Places, current: Collection[str]) -> list[MemoryInf
 
     One that only replicas have which may lack writes was deleted while they were away.
     """
-    known = {address: memories_at(place) for address, place in places.items()}
-    judges = [address for address in known if address in current] or list(known)
+    judges = [address for address in places if address in current] or list(places)
+    known = _memories(places, judges)
+    if len({frozenset(known[address]) for address in judges}) > 1:
+        # It may just be created, or deleted: whoever does that tells all replicas at the same time.
+        time.sleep(SETTLE_S)
+        known = _memories(places, judges)
     agreed: list[MemoryInfo] = []
     for name in sorted({name for found in known.values() for name in found}):
         infos = [known[address][name] for address in judges if name in known[address]]
@@ -109,6 +115,11 @@ def _agreed_memories(places: Places, current: Collection[str]) -> list[MemoryInf
             if name not in known[address]:
                 places[address].run(CreateMemory(name, infos[0].spec, born), CALL_S)
     return agreed
+
+
+def _memories(places: Places, judges: Collection[str]) -> dict[str, dict[str, MemoryInfo]]:
+    """The memories of every replica. The judges are asked last, so that none counts as deleted that is being made."""
+    return {address: memories_at(places[address]) for address in sorted(places, key=lambda one: one in judges)}
 
 
 def _drop(place: RemotePlace, memory: str) -> None:

@@ -82,7 +82,7 @@ class Route:
 
         `avoid` are replicas asked last. Raises Unavailable with the reason MISSING if none answers.
         """
-        patience = _Patience(self.budget, self.options.patience_s if patient and not self.degrades else 0.0)
+        patience = Patience(self.budget, self.options.patience_s if patient and not self.degrades else 0.0)
         while True:
             order = self.health.order(shard.addresses)
             order.sort(key=lambda address: address in avoid)
@@ -181,7 +181,7 @@ def lost_shard(shard: Shard, failures: Sequence[FotError]) -> Unavailable:
     return Unavailable(told, reason=MISSING, shards=shard.id)
 
 
-class _Patience:
+class Patience:
     """How long a shard is tried."""
 
     def __init__(self, budget: Budget, patience_s: float):

@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memory_service.cluster.route import Route, lost_shard
-from memory_service.cluster.steps import Flow, Together, outcomes
+from memory_service.cluster.route import Patience, Route, lost_shard, missing
+from memory_service.cluster.steps import Flow, Pause, Together, outcomes
 from memory_service.errors import FotError, InvalidArgument, SessionExpired, Unavailable
 from memory_service.shards import Shard, ranked
 from memory_service.types import MemorySpec, SessionAppend, SessionInfo
@@ -51,20 +51,26 @@ def home_of(route: Route, session: str) -> Shard:
 def open_session(route: Route, verb: OpenSession) -> Flow[SessionInfo]:
     """Open a session in a shard drawn by chance, or in the next one that answers."""
     token = secrets.token_urlsafe(18)
-    failures: list[FotError] = []
-    for shard in ranked(route.map.shards, verb.memory, token):
-        found = yield from route.everywhere(shard.addresses, replace(verb, session=f"{shard.id}.{token}"))
-        opened = [one for one in found.values() if isinstance(one, SessionInfo)]
-        if opened:
-            lost = [address for address, one in found.items() if isinstance(one, FotError)]
-            route.known.learn_session(opened[0], lost)
-            return opened[0]
-        errors = [one for one in found.values() if isinstance(one, FotError)]
-        for error in errors:
-            if not isinstance(error, Unavailable):
-                raise error
-        failures += errors
-    raise lost_shard(route.map.shards[0], failures)
+    patience = Patience(route.budget, route.options.patience_s)
+    while True:
+        failures: list[FotError] = []
+        for shard in ranked(route.map.shards, verb.memory, token):
+            found = yield from route.everywhere(shard.addresses, replace(verb, session=f"{shard.id}.{token}"))
+            opened = [one for one in found.values() if isinstance(one, SessionInfo)]
+            errors = [one for one in found.values() if isinstance(one, FotError)]
+            if opened:
+                lost = [address for address, one in found.items() if isinstance(one, FotError)]
+                route.known.learn_session(opened[0], lost)
+                return opened[0]
+            for error in errors:
+                if not isinstance(error, Unavailable):
+                    raise error
+            failures += errors
+        yield from route.look()
+        pause = patience.pause_s()
+        if pause is None:
+            raise lost_shard(route.map.shards[0], failures)
+        yield Pause(pause)
 
 
 def append(route: Route, verb: AppendSessions) -> Flow[tuple[SessionInfo, ...]]:
@@ -80,6 +86,8 @@ def append(route: Route, verb: AppendSessions) -> Flow[tuple[SessionInfo, ...]]:
     found = outcomes((yield Together(flows)))
     infos: dict[int, SessionInfo] = {}
     for (_, numbers), one in zip(homes.values(), found, strict=True):
+        if missing(one):
+            yield from route.look()
         if isinstance(one, FotError):
             raise one
         infos.update(zip(numbers, one, strict=True))

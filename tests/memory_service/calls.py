@@ -94,6 +94,7 @@ class SpyStore:
         self.scratch_bytes = estimate
         self.ready = True
         self.read_only_reason: str | None = None
+        self.behind = False
         self.chunks: list[Chunk] = []
 
     def run(self, identity: Identity, verb: Verb[Any], cancel: Cancel | None = None) -> Any:

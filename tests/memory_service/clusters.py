@@ -43,7 +43,7 @@ class Service:
 
     def __init__(self, directory: Path, **settings: object):
         self.address = f"127.0.0.1:{_free_port()}"
-        self._directory = directory
+        self.directory = directory
         self._settings = settings
         self._closing: ExitStack | None = None
 
@@ -54,7 +54,7 @@ class Service:
     def start(self) -> None:
         given = {"listen": self.address, "drain_grace_s": 0.0, "attend_threads": 1} | self._settings
         with ExitStack() as closing:
-            store = closing.enter_context(Store.open(self._directory, QUIET))
+            store = closing.enter_context(Store.open(self.directory, QUIET))
             closing.enter_context(running(store, ServerSettings(**given)))  # type: ignore[arg-type]
             self._closing = closing.pop_all()
 
@@ -113,6 +113,16 @@ class Process:
         assert self._process is not None
         assert self._process.stdout is not None
         assert "serves" in self._process.stdout.readline()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It keeps its connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """kill -9."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from memory_service import (
     scope_of,
 )
 from memory_service.shards import Shard, ShardMap
+from memory_service.verbs import Attend, ListDocuments
 from tests.memory_service.clusters import LAYER, SPEC, drawn, services, target
 
 IDS = [f"doc-{number}" for number in range(12)]
@@ -216,8 +218,6 @@ def test_documents_listings_and_figures_are_those_of_one_memory(both: tuple[Memo
 
 
 def test_a_listing_comes_in_pages_that_fit_together(both: tuple[Memory, Memory]) -> None:
-    from memory_service.verbs import ListDocuments
-
     _, many = both
     seen: list[str] = []
     token = ""
@@ -249,6 +249,21 @@ def test_documents_are_replaced_and_deleted_where_they_are(addresses: list[str])
         client.delete("changing")
         with pytest.raises(NotFound):
             client.memory("changing")
+
+
+def test_a_memory_made_anew_with_other_layers_is_asked_for_its_own(addresses: list[str]) -> None:
+    other = replace(SPEC, layers=(5,))
+    with Client.open(target(addresses)) as stays, Client.open(target(addresses)) as changes:
+        stays.memory("anew", SPEC).attend(LAYER, queries())
+        changes.delete("anew")
+        changes.memory("anew", other)
+        (found,) = stays.connection.run(Attend("anew", 5, (AttendGroup(scope_of(), queries()),)))
+        assert found.coverage.in_scope == 0
+        changes.delete("anew")
+
+
+def test_calls_to_a_cluster_cross_a_network(both: tuple[Memory, Memory]) -> None:
+    assert [memory.connection.remote for memory in both] == [False, True]
 
 
 def test_large_documents_are_uploaded_to_their_owner(addresses: list[str]) -> None:

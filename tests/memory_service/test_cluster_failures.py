@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,25 +29,31 @@ from memory_service import (
 from memory_service.auth import TokenFile
 from memory_service.client.remote import RemotePlace
 from memory_service.cluster.caretaker import Caretaker
-from memory_service.cluster.directory import Directory
+from memory_service.cluster.copying import memories_at
+from memory_service.cluster.directory import Directory, Seeds
+from memory_service.cluster.healing import Healed, heal_shard
 from memory_service.cluster.health import Health
+from memory_service.cluster.opening import Reach
 from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.place import ClusterPlace, Lines
 from memory_service.errors import StaleMap, Superseded
 from memory_service.shards import Shard, ShardMap, Stamps, stamp_at
 from memory_service.store import Store
-from memory_service.types import Conflict, Document, Identity, Role
+from memory_service.types import Conflict, Document, DocumentInfo, Identity, Role
 from memory_service.verbs import (
     CreateMemory,
     DeleteDocument,
+    DeleteMemory,
     GetDocument,
     ListDeleted,
+    ListDocuments,
+    ListMemories,
     MarkBehind,
     PutDocument,
     SetShardMap,
     Verb,
 )
-from tests.memory_service.clusters import LAYER, SPEC, Process, Service, drawn, processes, restartable, services, target
+from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, services, target
 
 TWICE = "replicas=2"
 
@@ -62,7 +69,7 @@ def pairs(tmp_path: Path) -> Iterator[list[Service]]:
         yield found
 
 
-def opened(found: Sequence[Service | Process], query: str = TWICE, **given: Any) -> Memory:
+def opened(found: Sequence[Service], query: str = TWICE, **given: Any) -> Memory:
     return Memory.open(target([one.address for one in found], query), "m", SPEC, **given)
 
 
@@ -146,14 +153,19 @@ def test_a_session_survives_the_death_of_a_replica(pairs: list[Service]) -> None
             assert torch.allclose(found.output, wanted.output, atol=1e-5)
 
 
-def test_a_killed_process_costs_no_request_and_no_document(tmp_path: Path) -> None:
-    with processes(tmp_path, 2) as found, opened(found) as memory:
-        for number in range(6):
-            put(memory, f"d{number}", number)
-        found[0].kill()
-        for number in range(6, 9):
-            put(memory, f"d{number}", number)
-        as_one({f"d{number}": number for number in range(9)}, memory)
+def test_a_listing_goes_on_where_the_replica_that_began_it_died(pairs: list[Service]) -> None:
+    shard = pairs[:2]
+    with opened(shard) as memory:
+        names = [f"d{number:02}" for number in range(14)]
+        for number, name in enumerate(names):
+            put(memory, name, number)
+        first = memory.connection.run(ListDocuments("m", None, 4))
+        page = memory.connection.run(ListDocuments("m", None, 4, first.next))
+        health = cast(ClusterPlace, memory.connection.place).router.health
+        asked = health.order([one.address for one in shard])[0]
+        next(one for one in shard if one.address == asked).stop()
+        rest = memory.connection.run(ListDocuments("m", None, 100, page.next))
+        assert [one.id for one in (*first.items, *page.items, *rest.items)] == names
 
 
 # --- Behind and healed -----------------------------------------------------------------------------------------------
@@ -222,6 +234,33 @@ def test_memories_created_and_deleted_meanwhile_are_healed_too(pairs: list[Servi
         assert [one.name for one in client.memories()] == ["new"]
 
 
+def test_healing_does_not_bring_back_a_memory_that_is_being_deleted(pairs: list[Service]) -> None:
+    addresses = [one.address for one in pairs[:2]]
+
+    class Deleting(Lines):
+        """The memory goes from the second service only once that was asked for it."""
+
+        def place(self, authority: str) -> RemotePlace:
+            real = super().place(authority)
+
+            class Place:
+                def run(self, verb: Verb[Any], timeout_s: float) -> Any:
+                    answer = real.run(verb, timeout_s)
+                    if isinstance(verb, ListMemories) and authority == addresses[1] and answer.items:
+                        real.run(DeleteMemory("m"), 5.0)
+                    return answer
+
+            return cast(RemotePlace, Place())
+
+    with opened(pairs[:2]) as memory, closing(Deleting(Reach("test", None, None).address)) as lines:
+        put(memory, "d", 1)
+        lines.place(addresses[0]).run(DeleteMemory("m"), 5.0)
+        places = {address: lines.place(address) for address in addresses}
+        shards = ShardMap(1, (Shard("s0", tuple(addresses)),))
+        heal_shard(shards, shards.shards[0], places, addresses, Healed(), lambda done, whole: None)
+        assert [list(memories_at(place)) for place in places.values()] == [[], []]
+
+
 def test_a_missed_write_is_told_to_the_replica_that_missed_it() -> None:
     with Store.open(None) as store:
         me = Identity("default", Role.ADMIN)
@@ -238,6 +277,20 @@ def test_a_missed_write_is_told_to_the_replica_that_missed_it() -> None:
         store.check_epoch(1, True)
         store.run(me, MarkBehind(now))  # Told late: it is there by now.
         store.check_epoch(1, True)
+
+
+def test_who_may_lack_writes_cannot_say_that_there_is_nothing(pairs: list[Service]) -> None:
+    shard = pairs[:2]
+    with opened(shard) as memory, caretaker(shard) as keeper:
+        shard[0].stop()
+        put(memory, "d", 1)
+        shard[0].start()
+        shard[1].stop()
+        with pytest.raises(Unavailable):
+            memory.connection.run(DeleteDocument("m", "d"), 1.0)
+        shard[1].start()
+        keeper.heal()
+        assert memory.info().documents == 0  # What was asked in vain is done in the end: nobody knew that it was not.
 
 
 # --- Quorum and order ------------------------------------------------------------------------------------------------
@@ -282,6 +335,51 @@ def test_a_stamped_write_never_undoes_a_newer_one(tmp_path: Path) -> None:
             assert store.run(me, write(name, 3, generation + 1)).generation == generation + 1
         store.run(me, PutDocument("m", Document("plain", *drawn(1, 2)), SPEC.fingerprint))
         assert store.run(me, GetDocument("m", "plain")).generation == 42
+
+
+class Meanwhile(Lines):
+    """Connections to services, where something happens right after one of them was asked for a document."""
+
+    def __init__(self, service: str, happens: Callable[[RemotePlace], None]):
+        super().__init__(Reach("test", None, None).address)
+        self._service = service
+        self._happens = happens
+
+    def place(self, authority: str) -> RemotePlace:
+        real, happens = super().place(authority), self._happens
+        if authority != self._service:
+            return real
+
+        class Place:
+            def run(self, verb: Verb[Any], timeout_s: float, epoch: int = 0) -> Any:
+                try:
+                    return real.run(verb, timeout_s, epoch)
+                finally:
+                    if isinstance(verb, GetDocument):
+                        happens(real)
+
+        return cast(RemotePlace, Place())
+
+
+def test_a_new_document_follows_its_order_in_every_replica(pairs: list[Service]) -> None:
+    addresses = [one.address for one in pairs[:2]]
+    old = Document("d", *drawn(1, 3))
+
+    def happens(real: RemotePlace) -> None:
+        """Of a replacement that is on its way this replica hears first."""
+        real.run(PutDocument("m", old, SPEC.fingerprint, Conflict.REPLACE, "", stamp_at(time.time() - 60.0)), 5.0)
+
+    with opened(pairs[:2]), closing(Meanwhile(addresses[1], happens)) as lines:
+        place = ClusterPlace(Seeds("test", addresses, 2, lines.place), lines, ClusterOptions())
+        try:
+            put = PutDocument("m", Document("d", *drawn(2, 5)), SPEC.fingerprint)
+            info = place.run(put, 10.0)
+        finally:
+            place.close()
+        plain = Lines(Reach("test", None, None).address)
+        with closing(plain):
+            for address in addresses:
+                assert plain.place(address).run(GetDocument("m", "d"), 5.0).generation == info.generation
 
 
 def test_stamps_grow_whatever_the_clock_does() -> None:
@@ -379,17 +477,17 @@ class Here:
 class Scripted:
     """A process that does as a function says."""
 
-    def __init__(self, answer: Callable[[], str]):
+    def __init__(self, answer: Callable[[Verb[Any]], Any]):
         self.answer = answer
         self.calls = 0
 
-    def run(self, verb: Verb[Any], timeout_s: float, epoch: int = 0) -> str:
+    def run(self, verb: Verb[Any], timeout_s: float, epoch: int = 0) -> Any:
         self.calls += 1
-        return self.answer()
+        return self.answer(verb)
 
 
 class Script(Lines):
-    def __init__(self, **answers: Callable[[], str]):
+    def __init__(self, **answers: Callable[[Verb[Any]], Any]):
         super().__init__(lambda authority: pytest.fail(authority))
         self.processes = {name: Scripted(answer) for name, answer in answers.items()}
 
@@ -397,45 +495,67 @@ class Script(Lines):
         return cast(RemotePlace, self.processes[authority])
 
 
-def ask(script: Script, **options: Any) -> Any:
+def ask(script: Script, verb: Verb[Any] | None = None, **options: Any) -> Any:
     place = ClusterPlace(cast(Directory, Here()), script, ClusterOptions(patience_s=0.3, **options))
     place.router.health._turn = 0
     try:
-        return place.run(GetDocument("m", "d"), 5.0)
+        return place.run(verb or GetDocument("m", "d"), 5.0)
     finally:
         place.close()
 
 
-def fail() -> str:
+def fail(verb: Verb[Any]) -> str:
     raise Unavailable("gone")
 
 
 def test_a_slow_replica_is_hedged() -> None:
     release = threading.Event()
 
-    def slow() -> str:
+    def slow(verb: Verb[Any]) -> str:
         release.wait(10.0)
         return "late"
 
     try:
-        assert ask(Script(a=slow, b=lambda: "soon"), hedge_s=0.02) == "soon"
+        assert ask(Script(a=slow, b=lambda _: "soon"), hedge_s=0.02) == "soon"
     finally:
         release.set()
-    quick = Script(a=lambda: "soon", b=lambda: "never asked")
+    quick = Script(a=lambda _: "soon", b=lambda _: "never asked")
     assert ask(quick, hedge_s=5.0) == "soon"
     assert quick.processes["b"].calls == 0
-    assert ask(Script(a=fail, b=lambda: "other"), hedge_s=5.0) == "other"
+    assert ask(Script(a=fail, b=lambda _: "other"), hedge_s=5.0) == "other"
 
 
 def test_the_next_replica_answers_in_the_same_call() -> None:
-    assert ask(Script(a=fail, b=lambda: "other")) == "other"
+    assert ask(Script(a=fail, b=lambda _: "other")) == "other"
     with pytest.raises(Unavailable, match="s0") as raised:
         ask(Script(a=fail, b=fail))
     assert raised.value.metadata["shards"] == "s0"
 
 
+def test_a_write_that_meets_a_new_map_stays_the_same_write() -> None:
+    seen: list[tuple[str, int, str]] = []
+    stale = [True]
+
+    def answer(name: str) -> Callable[[Verb[Any]], DocumentInfo]:
+        def put(verb: Verb[Any]) -> DocumentInfo:
+            assert isinstance(verb, PutDocument)
+            if name == "b" and stale:
+                stale.clear()
+                raise StaleMap("new", epoch="2")
+            seen.append((name, verb.generation, verb.request_id))
+            return DocumentInfo("d", 3, {}, verb.generation, 0.0)
+
+        return put
+
+    script = Script(a=answer("a"), b=answer("b"))
+    put = PutDocument("m", Document("d", *drawn(1, 3)), SPEC.fingerprint, Conflict.REPLACE, "once")
+    told = ask(script, put)
+    assert {name for name, _, _ in seen} == {"a", "b"}
+    assert {(generation, request) for _, generation, request in seen} == {(told.generation, "once")}
+
+
 def test_a_map_that_is_always_old_is_an_error_in_the_end() -> None:
-    def stale() -> str:
+    def stale(verb: Verb[Any]) -> str:
         raise StaleMap("old", epoch="9")
 
     with pytest.raises(StaleMap):

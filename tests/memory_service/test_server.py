@@ -573,6 +573,25 @@ def test_health_follows_the_store() -> None:
         assert _within(3, lambda: _health(caller) == serving)
 
 
+def test_probes_learn_on_an_address_of_their_own_whether_it_serves_and_nothing_else() -> None:
+    async def probed() -> tuple[str, int]:
+        server = Server(SpyStore(lambda verb, cancel: EMPTY), settings(health="127.0.0.1:0"))
+        await server.start()
+        try:
+            address = server.health_address
+            assert address is not None
+            return await asyncio.to_thread(told, address)
+        finally:
+            await server.stop()
+
+    def told(address: str) -> tuple[str, int]:
+        with calling(address) as caller:
+            return outcome(lambda: caller.ask(attend())), _health(caller)
+
+    # FAILED_PRECONDITION is what clients make of UNIMPLEMENTED.
+    assert asyncio.run(probed()) == ("FAILED_PRECONDITION", health_pb2.HealthCheckResponse.SERVING)
+
+
 def test_reflection_names_the_service_and_can_be_turned_off(caller: Caller) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
 
@@ -586,16 +605,20 @@ def test_reflection_names_the_service_and_can_be_turned_off(caller: Caller) -> N
         ask(other)
 
 
-def test_the_metrics_page_counts_calls_and_names_nobody() -> None:
+def test_the_metrics_page_counts_calls_and_names_nobody(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with spied(lambda verb, cancel: EMPTY, metrics=f"127.0.0.1:{port}") as caller:
+    with spied(lambda verb, cancel: EMPTY, metrics=f"127.0.0.1:{port}", data=tmp_path) as caller:
         caller.ask(attend())
         assert outcome(lambda: caller.send(ATTEND, b"\xff")) == "INVALID_ARGUMENT"
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     assert f'fot_rpc_duration_seconds_count{{code="OK",method="{ATTEND}"}} 1.0' in page
     assert f'fot_rpc_duration_seconds_count{{code="INVALID_ARGUMENT",method="{ATTEND}"}} 1.0' in page
     assert "fot_ready 1.0" in page
+    assert "fot_behind 0.0" in page
+    assert {"fot_disk_free_bytes", "fot_disk_bytes", "process_open_fds"} <= {
+        line.split()[0] for line in page.splitlines()
+    }
     assert 'fot_pool_calls{pool="attend"} 0.0' in page
     with pytest.raises(OSError):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1)
