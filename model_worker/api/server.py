@@ -45,9 +45,6 @@ class Addresses:
         """Raise InvalidArgument if other machines could come in without TLS and keys, unless that is spelt out."""
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise InvalidArgument("TLS needs both a certificate and its key")
-        for path in (self.tls_certificate, self.tls_key):
-            if path is not None and not path.is_file():
-                raise InvalidArgument(f"there is no TLS file {path}")
         if self.http is None and self.grpc is None:
             raise InvalidArgument("nothing to listen on: give an address for HTTP, gRPC or both")
         missing = [] if self.tls_certificate else ["TLS (--tls-certificate and --tls-key)"]
@@ -60,6 +57,12 @@ class Addresses:
                     "is trusted"
                 )
 
+    def check_files(self) -> None:
+        """Raise InvalidArgument unless the files of TLS are on this machine."""
+        for path in (self.tls_certificate, self.tls_key):
+            if path is not None and not path.is_file():
+                raise InvalidArgument(f"there is no TLS file {path}")
+
 
 class Server:
     """An app over HTTP and rpcs over gRPC. It does not own what is behind them: close that after `stop`."""
@@ -67,6 +70,7 @@ class Server:
     def __init__(self, app: ASGIApp | None, rpcs: Any, rules: Rules, addresses: Addresses):
         """`rpcs` has the methods of `Rpcs`. Raises InvalidArgument for addresses that must not be served."""
         addresses.check(rules.keys.asked)
+        addresses.check_files()
         self.http: str | None = None  # Where it listens, with the ports that were free.
         self.grpc: str | None = None
         self.traffic = rules.traffic

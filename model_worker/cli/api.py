@@ -111,6 +111,8 @@ def api(
         drain_s,
     )
     addresses.check(keys is not None)
+    if not ray:  # There the paths are those of the nodes.
+        addresses.check_files()
     setup = Setup(
         model=directory,
         name=served_name or directory.resolve().name,

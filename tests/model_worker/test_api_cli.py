@@ -93,7 +93,6 @@ def test_it_serves_both_until_it_is_told_to_stop_and_finishes_what_it_began(tmp_
         (Addresses("127.0.0.1:8000", "[::]:50051"), True, "--insecure"),
         (Addresses(None, None), True, "nothing to listen on"),
         (Addresses(tls_key=Path("key.pem")), True, "both"),
-        (Addresses(tls_key=Path("key.pem"), tls_certificate=Path("absent.pem")), True, "no TLS file"),
     ],
 )
 def test_unsafe_addresses_are_refused(addresses: Addresses, keys: bool, word: str) -> None:
@@ -104,6 +103,11 @@ def test_unsafe_addresses_are_refused(addresses: Addresses, keys: bool, word: st
 def test_unsafe_addresses_can_be_insisted_on() -> None:
     Addresses("0.0.0.0:8000", "0.0.0.0:50051", insecure=True).check(False)
     Addresses("localhost:8000", "[::1]:50051").check(False)
+
+
+def test_absent_files_of_tls_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"no TLS file .*absent\.crt"):
+        Addresses(tls_certificate=tmp_path / "absent.crt", tls_key=tmp_path / "absent.key").check_files()
 
 
 def test_both_speak_tls_with_the_same_certificate(tmp_path: Path) -> None:
