@@ -62,7 +62,7 @@ class Batcher:
         self._next: list[int] = []  # Their newest tokens.
         self._batch = model.start()
         self._kept = Conversations(self.settings.conversations, self.settings.conversation_s, self._let_go)
-        self._allowed = 0
+        self._allowed = self._window_bytes = 0
         self._steps = self._cached = self._finished = self._cancelled = self._failed = 0
         self._read, self._written = Rate(), Rate()
         self._thread = threading.Thread(target=self._run, name="fot-batcher", daemon=True)
@@ -99,7 +99,7 @@ class Batcher:
             writing=len(self._writing),
             max_rows=self.settings.max_rows,
             conversations=len(self._kept),
-            window_bytes=self._used(),
+            window_bytes=self._window_bytes,
             tokens_per_s=self._written.per_s(),
             prompt_tokens_per_s=self._read.per_s(),
             steps=self._steps,
@@ -118,7 +118,7 @@ class Batcher:
         """
         with self._changed:
             self._closing = True
-            self._draining = drain and (self._draining or self._thread.is_alive())
+            self._draining = drain
             self._changed.notify()
         self._thread.join()
         self._goodbyes.shutdown(wait=True)
@@ -154,6 +154,7 @@ class Batcher:
             while self._wait():
                 self._drop_cancelled()
                 self._admit()
+                self._window_bytes = self._used()
                 self._read_prompts()
                 self._write_tokens()
         except BaseException as error:  # A defect of ours: nobody must wait for an answer that never comes.
