@@ -193,10 +193,10 @@ class FotModel(GenerationMixin):  # type: ignore[misc]  # transformers is read a
         The states are empty then, whatever happens; what goes wrong with one row is kept in its line.
         """
         together = self.start()
-        for state in states:
-            state.begin(1)
-            together.admit(state)
         try:
+            for state in states:
+                state.begin(1)
+                together.admit(state)
             return together, self._feeder.texts(together, ids)
         except BaseException:
             together.close()

@@ -15,18 +15,18 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from memory_service import InvalidArgument, Memory, SessionExpired, Unavailable
+from memory_service import InvalidArgument, SessionExpired, Unavailable
 from memory_service.errors import ResourceExhausted
 from model_worker.fitting import check_spec
 from model_worker.model import FotModel
 from model_worker.recall.line import Line
 from model_worker.serving.conversations import Conversations
+from model_worker.serving.goodbyes import Goodbyes
 from model_worker.serving.job import Job
 from model_worker.serving.load import Load, Rate
 from model_worker.serving.readers import Readers
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOG = logging.getLogger(__name__)
-_GOODBYES = 4  # Threads that close sessions and fetch the words of sources while the model goes on.
 
 
 class Batcher:
@@ -51,7 +50,7 @@ class Batcher:
         self._vocabulary = int(model.decoder.config.vocab_size)
         self._token_bytes = _window_bytes(model)
         self._readers = Readers(model)
-        self._goodbyes = ThreadPoolExecutor(_GOODBYES, "fot-goodbye")
+        self._goodbyes = Goodbyes(self._readers)
         self._changed = threading.Condition()  # Guards the next three.
         self._queue: deque[Job] = deque()
         self._closing = False
@@ -61,9 +60,9 @@ class Batcher:
         self._writing: list[Job] = []  # In the order of the batch's rows.
         self._next: list[int] = []  # Their newest tokens.
         self._batch = model.start()
-        self._kept = Conversations(self.settings.conversations, self.settings.conversation_s, self._let_go)
-        self._allowed = 0
-        self._steps = self._cached = self._finished = self._cancelled = self._failed = 0
+        self._kept = Conversations(self.settings.conversations, self.settings.conversation_s, self._goodbyes.let_go)
+        self._allowed = self._window_bytes = 0
+        self._steps = self._cached = 0
         self._read, self._written = Rate(), Rate()
         self._thread = threading.Thread(target=self._run, name="fot-batcher", daemon=True)
         self._thread.start()
@@ -99,16 +98,16 @@ class Batcher:
             writing=len(self._writing),
             max_rows=self.settings.max_rows,
             conversations=len(self._kept),
-            window_bytes=self._used(),
+            window_bytes=self._window_bytes,
             tokens_per_s=self._written.per_s(),
             prompt_tokens_per_s=self._read.per_s(),
             steps=self._steps,
             prompt_tokens=self._read.total,
             cached_tokens=self._cached,
             completion_tokens=self._written.total,
-            finished=self._finished,
-            cancelled=self._cancelled,
-            failed=self._failed,
+            finished=self._goodbyes.finished,
+            cancelled=self._goodbyes.cancelled,
+            failed=self._goodbyes.failed,
         )
 
     def close(self, drain: bool = False) -> None:
@@ -118,10 +117,10 @@ class Batcher:
         """
         with self._changed:
             self._closing = True
-            self._draining = drain and (self._draining or self._thread.is_alive())
+            self._draining = drain
             self._changed.notify()
         self._thread.join()
-        self._goodbyes.shutdown(wait=True)
+        self._goodbyes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -154,6 +153,7 @@ class Batcher:
             while self._wait():
                 self._drop_cancelled()
                 self._admit()
+                self._window_bytes = self._used()
                 self._read_prompts()
                 self._write_tokens()
         except BaseException as error:  # A defect of ours: nobody must wait for an answer that never comes.
@@ -287,9 +287,9 @@ class Batcher:
             return False
         if row is None:
             assert job.state is not None
-            self._let_go(job.state.close, job.memory)
+            self._goodbyes.let_go(job.state.close, job.memory)
         else:
-            self._let_go(self._vacate(row).rows.close, job.memory)
+            self._goodbyes.let_go(self._vacate(row).rows.close, job.memory)
         job.state, self._cached = None, self._cached - job.cached_tokens
         job.cached_tokens = 0
         self._begin(job)
@@ -350,7 +350,7 @@ class Batcher:
         lines, jobs = self._batch.lines, self._writing
         self._batch, self._writing, self._next = self._model.start(), [], []
         for line, job in zip(lines, jobs, strict=True):
-            self._goodbye(job, line.rows.close, error)
+            self._goodbyes.say(job, line.rows.close, error)
 
     # --- how requests end ---
 
@@ -371,57 +371,22 @@ class Batcher:
         """A request that is not in the batch is done."""
         state, job.state = job.state, None
         if state is None:
-            self._goodbye(job, lambda: None, why, begun=False)
+            self._goodbyes.say(job, lambda: None, why, begun=False)
         elif self._keeps(job, why):
             self._conclude(job, why, state, None)
         else:
-            self._goodbye(job, state.close, why)
+            self._goodbyes.say(job, state.close, why)
 
     def _keeps(self, job: Job, why: Finish | Exception) -> bool:
         return job.request.conversation is not None and why in (Finish.STOP, Finish.LENGTH)
 
     def _conclude(self, job: Job, why: Finish | Exception, state: State | None, line: Line | None) -> None:
         if state is not None and self._kept.keep(job, state, self._size(job)):
-            self._goodbye(job, None, why)
+            self._goodbyes.say(job, None, why)
         elif line is not None:
-            self._goodbye(job, line.rows.close, why)
+            self._goodbyes.say(job, line.rows.close, why)
         elif state is not None:
-            self._goodbye(job, state.close, why)
-
-    def _goodbye(
-        self, job: Job, close: Callable[[], None] | None, why: Finish | Exception, *, begun: bool = True
-    ) -> None:
-        """Free what it held, then tell the end: in another thread, for both may ask the memory. `close` None: kept."""
-        if isinstance(why, Exception):
-            self._failed += 1
-        elif why is Finish.CANCELLED:
-            self._cancelled += 1
-        else:
-            self._finished += 1
-
-        def run() -> None:
-            try:
-                if close is not None:
-                    close()
-                    if begun:
-                        self._readers.give_back(job.memory)
-                if isinstance(why, Exception):
-                    job.fail(why)
-                else:
-                    job.finish(why)
-            except Exception:  # Of a listener, or of closing: there is nobody left to tell.
-                _LOG.exception("a request did not end well")
-
-        self._goodbyes.submit(run)
-
-    def _let_go(self, close: Callable[[], None], memory: Memory | None) -> None:
-        """Nobody goes on from what this closes."""
-
-        def run() -> None:
-            close()
-            self._readers.give_back(memory)
-
-        self._goodbyes.submit(run)
+            self._goodbyes.say(job, state.close, why)
 
     # --- room ---
 
