@@ -330,3 +330,20 @@ class Dense:
                 weights = (self.queries[head] @ keys.T - lse[head][:, None]).exp_()
                 total[first : first + keys.shape[0]] += weights.sum(0)
         return total
+
+    def masses(self, chunk: Chunk, lse: Tensor, parts: Sequence[slice]) -> Tensor:
+        """`mass` of several parts of the rows, which follow each other and are all rows: [parts, count]; one pass."""
+        h, rows, dim = self.queries.shape
+        size = scan.block_size(rows, dim)
+        total = self.queries.new_zeros(len(parts), chunk.size)
+        members = self.queries.new_zeros(len(parts), rows)
+        for number, part in enumerate(parts):
+            members[number, part] = 1
+        scratch = self.arena.take("blocks", (size, dim), torch.float32, self.queries.device)
+        for head in range(h):
+            for first, ranges in chunk.blocks(size):
+                self.cancel.check()
+                keys = scan.load(chunk.keys[head], ranges, scratch)
+                weights = (self.queries[head] @ keys.T).sub_(lse[head][:, None]).exp_()
+                total[:, first : first + keys.shape[0]].addmm_(members, weights)
+        return total

@@ -18,7 +18,7 @@ from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.index import check_params
 from memory_service.indexed import candidates, covered, tail
 from memory_service.live_memory import LiveDocument, LiveMemory, Plan
-from memory_service.provenance import Ledger, Provenance, session_source, top_tokens
+from memory_service.provenance import Ledger, Provenance, Ranking, session_source
 from memory_service.recent import Found, Recent, digest
 from memory_service.scan import Arena, Chunk
 from memory_service.sessions import Session
@@ -43,6 +43,7 @@ from memory_service.types import (
 from memory_service.verbs import Attend
 
 _COLD_BYTES = 32 << 20  # Keys and values of cold documents looked at together.
+_MASSES = 1 << 23  # Keys times groups whose masses are told apart at a time.
 _WORTH_INDEXING = 50_000  # Tokens in scope below which `AUTO` scans exactly.
 
 
@@ -173,20 +174,24 @@ class _Call:
         if not self.options.top_k:
             dense = Dense(self.family.queries, self.arena, self.cancel)
             if self.family.members[0].group.lse is not None:
-                yield from ((member, self._share(dense.narrow(member.rows), member)) for member in self.family.members)
+                yield from self._shares(dense)
                 return
             self._feed(dense, self.family.plan)
             partial = dense.partial()
-            for member in self.family.members:
-                yield member, self._dense_answer(dense.narrow(member.rows), member, _rows(partial, member.rows))
+            ledgers = self._ledgers(dense, partial.lse) if self.options.attribution else None
+            for number, member in enumerate(self.family.members):
+                attribution = None if ledgers is None else ledgers[number].attribution()
+                yield member, self._answer(member, _rows(partial, member.rows), "dense", None, attribution)
             return
         best, name = self._again() or self._found()
         if self.family.counts is not None:
             best.keep(self.family.counts)
         partial = best.partial(self.options.logit_gap)
         exact = self._exact() if self.options.measure else None
+        ranking = Ranking(self.provenance, best.scores, best.rows, partial.lse) if self.options.tokens else None
         for member in self.family.members:
-            yield member, self._best_answer(best.narrow(member.rows), member, _rows(partial, member.rows), name, exact)
+            part = _rows(partial, member.rows)
+            yield member, self._best_answer(best.narrow(member.rows), member, part, name, ranking, exact)
 
     def _found(self) -> tuple[TopK, str]:
         """The best keys, and who picked them."""
@@ -340,35 +345,49 @@ class _Call:
 
     # --- Answers ----------------------------------------------------------------------------------------------------
 
-    def _dense_answer(self, dense: Dense, member: _Member, partial: Partial) -> Attended:
-        attribution = None
-        if self.options.attribution:
-            attribution = self._weigh(dense, member, partial.lse).attribution()
-        return self._answer(member, partial, "dense", None, attribution)
-
-    def _share(self, dense: Dense, member: _Member) -> Attended:
-        """Only the masses, of a whole whose denominator the caller knows."""
-        assert member.group.lse is not None
+    def _shares(self, dense: Dense) -> Iterator[tuple[_Member, Attended]]:
+        """Only the masses, of wholes whose denominators the caller knows."""
         heads = self.memory.spec.kv_heads
-        lse = member.group.lse.to(dense.queries.device).reshape(heads, -1)
+        given = [member.group.lse for member in self.family.members]
+        lses = [one.to(dense.queries.device).reshape(heads, -1) for one in given if one is not None]
+        lse = torch.cat(lses, dim=1)
         # A row that sees nothing anywhere gives no mass to what was written since.
-        ledger = self._weigh(dense, member, lse.masked_fill(lse == -torch.inf, torch.inf))
-        partial = Partial(torch.zeros_like(dense.queries), lse)
-        return self._answer(member, partial, "dense", None, ledger.means(lse.numel()))
+        ledgers = self._ledgers(dense, lse.masked_fill(lse == -torch.inf, torch.inf))
+        for member, own, ledger in zip(self.family.members, lses, ledgers, strict=True):
+            partial = Partial(torch.zeros_like(dense.queries[:, member.rows]), own)
+            yield member, self._answer(member, partial, "dense", None, ledger.means(own.numel()))
 
-    def _weigh(self, dense: Dense, member: _Member, lse: Tensor) -> Ledger:
-        ledger = Ledger(self.provenance)
-        for chunks in (self._document_chunks(self.family.plan), self._session_chunks(member)):
-            for chunk in chunks:
-                rows = chunk.rows(torch.arange(chunk.size, device=dense.queries.device))
-                ledger.add(rows + chunk.base, dense.mass(chunk, lse))
-        return ledger
+    def _ledgers(self, dense: Dense, lse: Tensor) -> list[Ledger]:
+        """The mass of every source for every member, by the denominators [H, R] of all their rows."""
+        members = self.family.members
+        ledgers = [Ledger(self.provenance) for _ in members]
+        for chunk in self._document_chunks(self.family.plan):
+            rows = chunk.rows(torch.arange(chunk.size, device=dense.queries.device)) + chunk.base
+            sources, _, names = self.provenance.sources(rows.cpu().numpy())
+            place = torch.from_numpy(sources).to(dense.queries.device)
+            some = max(1, _MASSES // max(1, chunk.size))
+            for start in range(0, len(members), some):
+                part = members[start : start + some]
+                whole = slice(part[0].rows.start, part[-1].rows.stop)
+                within = [slice(one.rows.start - whole.start, one.rows.stop - whole.start) for one in part]
+                masses = dense.narrow(whole).masses(chunk, lse[:, whole], within)
+                sums = masses.new_zeros(len(part), len(names), dtype=torch.float64)
+                sums.index_add_(1, place, masses.double())
+                for ledger, row in zip(ledgers[start : start + some], sums.cpu().numpy(), strict=True):
+                    ledger.credit(names, row)
+        for member, ledger in zip(members, ledgers, strict=True):
+            for chunk in self._session_chunks(member):
+                rows = chunk.rows(torch.arange(chunk.size, device=dense.queries.device)) + chunk.base
+                ledger.add(rows, dense.narrow(member.rows).mass(chunk, lse[:, member.rows]))
+        return ledgers
 
-    def _best_answer(self, best: TopK, member: _Member, partial: Partial, name: str, exact: TopK | None) -> Attended:
+    def _best_answer(
+        self, best: TopK, member: _Member, partial: Partial, name: str, ranking: Ranking | None, exact: TopK | None
+    ) -> Attended:
         heads = member.group.queries.shape[0]
         tokens = attribution = measured = None
-        if self.options.tokens:
-            tokens = top_tokens(self.provenance, best.scores, best.rows, partial.lse, heads)
+        if ranking is not None:
+            tokens = ranking.top_tokens(member.rows, heads)
         if self.options.attribution:
             ledger = Ledger(self.provenance)
             lse = partial.lse.masked_fill(partial.lse == -torch.inf, 0)

@@ -53,20 +53,32 @@ class Provenance:
         return source, offset, list(names)
 
 
-def top_tokens(provenance: Provenance, scores: Tensor, rows: Tensor, lse: Tensor, heads: int) -> TopTokens:
-    """The kept keys of [H, R, K], best first, as [G, Q, K] of `heads` query heads."""
-    order = scores.argsort(dim=2, descending=True, stable=True)
-    scores = scores.gather(2, order)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    source, offset, names = provenance.sources(rows.gather(2, order).cpu().numpy())
-    shape = (heads, -1, scores.shape[2])
-    return TopTokens(
-        tuple(names),
-        torch.from_numpy(source.astype(np.int32)).view(shape),
-        torch.from_numpy(offset).view(shape),
-        scores.cpu().reshape(shape),
-        weights.cpu().reshape(shape),
-    )
+class Ranking:
+    """The kept keys of all rows of a call, best first; looked up together, told of a part of the rows at a time."""
+
+    def __init__(self, provenance: Provenance, scores: Tensor, rows: Tensor, lse: Tensor):
+        """Scores and rows [H, R, K], lse [H, R]."""
+        order = scores.argsort(dim=2, descending=True, stable=True)
+        scores = scores.gather(2, order)
+        self._source, self._offset, self._names = provenance.sources(rows.gather(2, order).cpu().numpy())
+        self._weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp().cpu()
+        self._scores = scores.cpu()
+
+    def top_tokens(self, rows: slice, heads: int) -> TopTokens:
+        """Those of some rows, as [G, Q, K] of `heads` query heads; sources that other rows read are not named."""
+        shape = (heads, -1, self._scores.shape[2])
+        source = self._source[:, rows]
+        known = np.bincount(source.ravel() + 1, minlength=len(self._names) + 1)
+        known[0] = 1  # -1 stays -1.
+        place = np.cumsum(known > 0) - 2
+        names = tuple(name for name, count in zip(self._names, known[1:].tolist(), strict=True) if count)
+        return TopTokens(
+            names,
+            torch.from_numpy(place[source + 1].astype(np.int32)).view(shape),
+            torch.from_numpy(self._offset[:, rows].copy()).view(shape),
+            self._scores[:, rows].reshape(shape),
+            self._weights[:, rows].reshape(shape),
+        )
 
 
 class Ledger:
@@ -80,9 +92,12 @@ class Ledger:
         """Credit the sources of rows (with their base; -1 for none) of any shape with the mass of each."""
         source, _, names = self._provenance.sources(rows.cpu().numpy().ravel())
         weights = mass.double().cpu().numpy().ravel()
-        sums = np.bincount(source[source >= 0], weights[source >= 0], minlength=len(names))
-        for name, value in zip(names, sums, strict=True):
-            self._mass[name] = self._mass.get(name, 0.0) + float(value)
+        self.credit(names, np.bincount(source[source >= 0], weights[source >= 0], minlength=len(names)))
+
+    def credit(self, names: Sequence[str], masses: np.ndarray) -> None:
+        """Credit each of these sources with its mass [sources]."""
+        for name, value in zip(names, masses.tolist(), strict=True):
+            self._mass[name] = self._mass.get(name, 0.0) + value
 
     def means(self, rows: int, limit: int = 1000) -> tuple[Attribution, ...]:
         """Mass by source over that many rows, the largest first, as it is."""

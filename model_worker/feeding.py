@@ -45,6 +45,16 @@ class Feeder:
             line.ids.append(token)
         return logits[:, -1]
 
+    def fits(self, tokens: int) -> bool:
+        """Whether so many tokens can be read together with other rows: none goes straight to memory."""
+        return self._fot.cut is Cut.ROW and tokens <= self._fot.last_context_length
+
+    def texts(self, state: State, ids: Sequence[Sequence[int]]) -> Tensor:
+        """A text of every row that `fits`, at once: logits [B, V] after them."""
+        texts = [torch.tensor(one) for one in ids]
+        padded_ids, pads = padded(texts, 0)
+        return self._feed(state, padded_ids, pads, texts, 1)[:, -1]
+
     def slices(self, state: State, ids: Sequence[int], allowed: Callable[[], int]) -> Iterator[Slice]:
         """`run` of one row in slices, each of about as many tokens as `allowed` says when it begins.
 

@@ -157,7 +157,7 @@ class FotModel(GenerationMixin):  # type: ignore[misc]  # transformers is read a
     # --- one call ---
 
     def start(self, recall: Recall | None = None, reader: Reader | None = None) -> State:
-        """A state for a batch: pass it as `past_key_values`, close it when done. Without a `reader`, the model's own."""
+        """A state for a batch: pass it as `past_key_values`, close it when done. `reader` is by default the model's."""
         window = Window(self.policies, self.device)
         return State(self.fot, window, reader or self._reader, recall or self.recall, self._lease_s)
 
@@ -180,6 +180,26 @@ class FotModel(GenerationMixin):  # type: ignore[misc]  # transformers is read a
             yield from slices
         except BaseException:
             state.fail()
+            raise
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a text of so many tokens can be read by `read` together with others."""
+        return self._feeder.fits(tokens)
+
+    @torch.no_grad()
+    def read(self, states: Sequence[State], ids: Sequence[Sequence[int]]) -> tuple[State, Tensor]:
+        """Feed texts that `fits`, one for each state of one row, together: the rows as one state, logits [B, V].
+
+        The states are empty then, whatever happens; what goes wrong with one row is kept in its line.
+        """
+        together = self.start()
+        try:
+            for state in states:
+                state.begin(1)
+                together.admit(state)
+            return together, self._feeder.texts(together, ids)
+        except BaseException:
+            together.close()
             raise
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from memory_service.logs import event
 from memory_service.types import Identity
 from memory_service.wire import WireStatus, write_error
 from model_worker.api.keys import Keys, check_role
-from model_worker.api.rpcs import POLICY, SERVICE
+from model_worker.api.policy import POLICY, SERVICE
 from model_worker.api.traffic import Traffic
 
 _OURS = f"/{SERVICE}/"

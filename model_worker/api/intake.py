@@ -19,9 +19,6 @@ from model_worker.model import FotModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_DOCUMENTS = 256
-BATCH_BYTES = 1 << 20  # Of text: enough for full windows, and callers take turns.
-
 
 class Intake:
     """Encodes in a thread of its own beside the one that answers: attention's state travels with each call.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from memory_service import Memory
 from memory_service.errors import InvalidArgument
 from memory_service.types import Identity
-from model_worker.api.intake import BATCH_BYTES, BATCH_DOCUMENTS, source_of
+from model_worker.api.intake import source_of
+from model_worker.api.limits import BATCH_BYTES, BATCH_DOCUMENTS
 from model_worker.api.messages import read_metadata
 from model_worker.api.worker import Worker
 from model_worker.corpus import Source

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TypeVar
 
 from memory_service.errors import InvalidArgument, NotFound
 from memory_service.filters import filter_of
-from memory_service.types import Identity, Role
+from memory_service.types import Identity
 from memory_service.verbs import ListDocuments
 from model_worker.api.answers import Answer
 from model_worker.api.messages import (
@@ -25,18 +25,6 @@ from model_worker.api.worker import Question, Worker
 from model_worker.serving.requests import Finished
 from model_worker.v1 import model_worker_pb2 as pb
 
-SERVICE = pb.DESCRIPTOR.services_by_name["ModelWorker"].full_name
-# The least role of every rpc.
-POLICY: Mapping[str, Role] = {
-    "GetModel": Role.READ,
-    "CreateCollection": Role.ADMIN,
-    "PutDocuments": Role.WRITE,
-    "GetDocument": Role.READ,
-    "ListDocuments": Role.READ,
-    "DeleteDocuments": Role.WRITE,
-    "Generate": Role.READ,
-    "Chat": Role.READ,
-}
 Response = TypeVar("Response", pb.GenerateResponse, pb.ChatResponse)
 _PAGE = 100
 _MOST_IDS = 1000

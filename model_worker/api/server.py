@@ -1,14 +1,11 @@
-"""Both servers in one process: HTTP and gRPC on one event loop, and a stop that lets answers finish."""
+"""The servers: HTTP and gRPC on one event loop, and a stop that lets answers finish. Knows no model."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +20,10 @@ from starlette.types import ASGIApp
 
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.logs import event
-from memory_service.server import is_local, run, split_address
+from memory_service.server import is_local, split_address
 from model_worker.api.guard import Guard, Rules
-from model_worker.api.http import http_app
-from model_worker.api.keys import Keys
-from model_worker.api.rpcs import SERVICE, Rpcs
-from model_worker.api.traffic import Traffic
-from model_worker.api.worker import MIB, Worker
+from model_worker.api.limits import MIB
+from model_worker.api.policy import SERVICE
 from model_worker.v1 import model_worker_pb2_grpc as pb_grpc
 
 MESSAGE_BYTES = 8 * MIB
@@ -51,9 +45,6 @@ class Addresses:
         """Raise InvalidArgument if other machines could come in without TLS and keys, unless that is spelt out."""
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise InvalidArgument("TLS needs both a certificate and its key")
-        for path in (self.tls_certificate, self.tls_key):
-            if path is not None and not path.is_file():
-                raise InvalidArgument(f"there is no TLS file {path}")
         if self.http is None and self.grpc is None:
             raise InvalidArgument("nothing to listen on: give an address for HTTP, gRPC or both")
         missing = [] if self.tls_certificate else ["TLS (--tls-certificate and --tls-key)"]
@@ -66,6 +57,12 @@ class Addresses:
                     "is trusted"
                 )
 
+    def check_files(self) -> None:
+        """Raise InvalidArgument unless the files of TLS are on this machine."""
+        for path in (self.tls_certificate, self.tls_key):
+            if path is not None and not path.is_file():
+                raise InvalidArgument(f"there is no TLS file {path}")
+
 
 class Server:
     """An app over HTTP and rpcs over gRPC. It does not own what is behind them: close that after `stop`."""
@@ -73,6 +70,7 @@ class Server:
     def __init__(self, app: ASGIApp | None, rpcs: Any, rules: Rules, addresses: Addresses):
         """`rpcs` has the methods of `Rpcs`. Raises InvalidArgument for addresses that must not be served."""
         addresses.check(rules.keys.asked)
+        addresses.check_files()
         self.http: str | None = None  # Where it listens, with the ports that were free.
         self.grpc: str | None = None
         self.traffic = rules.traffic
@@ -84,12 +82,6 @@ class Server:
         self._uvicorn: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._grpc_server: aio.Server | None = None
-
-    @classmethod
-    def of(cls, worker: Worker, keys: Keys, addresses: Addresses) -> Server:
-        """Both servers before a worker in this process."""
-        rules = Rules(keys, Traffic(worker.limits.calls), worker.limits.timeout_s)
-        return cls(http_app(worker, keys, rules.traffic), Rpcs(worker, rules.traffic), rules, addresses)
 
     async def start(self) -> None:
         """Listen. Raises FailedPrecondition if an address is taken; then the server is spent."""
@@ -174,53 +166,6 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""
         yield
-
-
-async def serve(
-    worker: Worker, keys: Keys, addresses: Addresses, started: Callable[[Server], None] | None = None
-) -> None:
-    """Serve until SIGTERM or SIGINT, then let calls under way finish. `started` is told once it listens."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    server = Server.of(worker, keys, addresses)
-    await server.start()
-    try:
-        if started:
-            started(server)
-        await stopping.wait()
-    finally:
-        await server.stop()
-
-
-@contextmanager
-def running(worker: Worker, keys: Keys, addresses: Addresses) -> Iterator[Server]:
-    """A server in a thread of this process while the block runs."""
-    started: Future[Server] = Future()
-    control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    async def main() -> None:
-        try:
-            server = Server.of(worker, keys, addresses)
-            await server.start()
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        stopping = asyncio.Event()
-        control.append((asyncio.get_running_loop(), stopping))
-        started.set_result(server)
-        await stopping.wait()
-        await server.stop()
-
-    thread = threading.Thread(target=lambda: run(main()), name="fot-api")
-    thread.start()
-    try:
-        yield started.result()
-    finally:
-        for loop, stopping in control:
-            loop.call_soon_threadsafe(stopping.set)
-        thread.join()
 
 
 def _bound(address: str) -> socket.socket:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from memory_service import DType, Tls
 from memory_service.errors import InvalidArgument
 from model_worker.api.keys import Keys
+from model_worker.api.limits import Limits
 from model_worker.api.tenants import Tenants
-from model_worker.api.worker import Limits, Worker
+from model_worker.api.worker import Worker
 from model_worker.model import FotModel
 from model_worker.serving.batcher import Batcher
 from model_worker.serving.settings import BatchSettings

@@ -8,10 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from memory_service.errors import Cancelled, FotError, Internal, ResourceExhausted, Unavailable
-from model_worker.serving.load import Load
-from model_worker.serving.requests import Finished
+
+if TYPE_CHECKING:
+    from model_worker.serving.load import Load
+    from model_worker.serving.requests import Finished
 
 DRAINING = "DRAINING"
 OK = "OK"

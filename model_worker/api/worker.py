@@ -13,6 +13,7 @@ from memory_service.types import Identity
 from model_worker.answering import GREEDY, Sampling
 from model_worker.api.answers import Answer
 from model_worker.api.intake import Intake
+from model_worker.api.limits import Limits
 from model_worker.api.tenants import Tenants
 from model_worker.model import FotModel
 from model_worker.serving.requests import Generates, Request
@@ -24,23 +25,8 @@ if TYPE_CHECKING:
 
     from model_worker.serving.load import Load
 
-MIB = 1 << 20
 ROLES = ("system", "user", "assistant")
 _NOTHING = Recall(documents=())
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What callers may ask for. Sizes in bytes, times in seconds."""
-
-    new_tokens: int = 4096  # The longest answer.
-    prompt_bytes: int = 64 * MIB  # Of a prompt's text, or of the whole HTTP request.
-    document_bytes: int = 256 * MIB  # Of a document's text.
-    waiting_bytes: int = 512 * MIB  # Of text that waits to be encoded.
-    calls: int = 256  # Under way, of any kind.
-    timeout_s: float = 600.0  # Of a call that brings no deadline, and the most it may bring.
-    stop_texts: int = 16
-    told: int = 64  # Documents, and passages of each, in an answer's sources.
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +152,8 @@ class Worker:
         return await asyncio.to_thread(self._chat_ids, messages)
 
     def close(self) -> None:
-        """Finish what is being stored and let go of the memories."""
+        """Finish what is being stored."""
         self.intake.close()
-        self.tenants.close()
 
     def _chat_ids(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         from jinja2 import TemplateError
@@ -195,7 +180,7 @@ class Worker:
     def _check(self, question: Question) -> None:
         limits, look = self.limits, question.look
         vocabulary = len(self.tokenizer)
-        if not question.ids or not all(0 <= one < vocabulary for one in question.ids):
+        if not question.ids or not 0 <= min(question.ids) <= max(question.ids) < vocabulary:
             raise InvalidArgument(f"a prompt is at least one token id of 0 to {vocabulary - 1}", field="prompt")
         if not 1 <= question.max_new_tokens <= limits.new_tokens:
             raise InvalidArgument(f"an answer has 1 to {limits.new_tokens} tokens here", field="max_tokens")

@@ -27,7 +27,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     from model_worker.cli.api import api
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
-    from model_worker.cli.bench import decode, prefill
+    from model_worker.cli.bench import decode, prefill, serving
     from model_worker.cli.generate import generate
     from model_worker.cli.ingest import ingest
 
@@ -41,6 +41,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     memory_cluster.register(app)
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
+    bench.command("serving")(needs_worker(serving))
 
 
 def needs_worker(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from memory_service.errors import InvalidArgument
+from memory_service.errors import FailedPrecondition, InvalidArgument
 from model_worker.cli.opening import checkpoint_of, quiet
 from model_worker.cli.options import (
     TARGET,
@@ -30,9 +31,6 @@ from model_worker.cli.options import (
     self_extend_of,
 )
 from model_worker.settings import LogitScaling
-
-if TYPE_CHECKING:
-    from model_worker.api.server import Server
 
 NOT_AT_ALL = "none"
 
@@ -98,9 +96,10 @@ def api(
 
     # Transformers takes seconds to import; what was wrong so far should not.
     from memory_service.server import run
-    from model_worker.api.server import Addresses, serve
+    from model_worker.api.limits import Limits
+    from model_worker.api.process import serve
+    from model_worker.api.server import Addresses
     from model_worker.api.setup import Setup
-    from model_worker.api.worker import Limits
     from model_worker.serving.settings import BatchSettings
 
     addresses = Addresses(
@@ -112,6 +111,8 @@ def api(
         drain_s,
     )
     addresses.check(keys is not None)
+    if not ray:  # There the paths are those of the nodes.
+        addresses.check_files()
     setup = Setup(
         model=directory,
         name=served_name or directory.resolve().name,
@@ -133,26 +134,23 @@ def api(
         batch=BatchSettings(max_rows=max_rows, max_queued=max_queued),
     )
     quiet()
+
+    def announce(http: str | None, grpc: str | None) -> None:
+        letter = "" if tls_certificate is None else "s"
+        places = [f"http{letter}://{http}/v1"] if http else []
+        places += [f"grpc{letter}://{grpc}"] if grpc else []
+        sys.stdout.write(f"fot answers as {setup.name} at {' and '.join(places)}\n")
+        sys.stdout.flush()
+
     if ray:
+        if find_spec("ray") is None:
+            raise FailedPrecondition("--ray needs Ray: pip install 'fot-memory[ray]'", reason="EXTRA_MISSING")
         from model_worker.cli.serving_on_ray import serve_on_ray
 
-        serve_on_ray(setup, addresses, replicas, most_replicas, cpus, gpus, address)
+        serve_on_ray(setup, addresses, replicas, most_replicas, cpus, gpus, address, announce)
         return
-
-    def announce(server: Server) -> None:
-        tell(setup.name, server.http, server.grpc, tls=tls_certificate is not None)
-
     with setup.open() as (worker, accepted):
-        run(serve(worker, accepted, addresses, announce))
-
-
-def tell(name: str, http: str | None, grpc: str | None, *, tls: bool) -> None:
-    """Say where a model answers."""
-    letter = "s" if tls else ""
-    places = [f"http{letter}://{http}/v1"] if http else []
-    places += [f"grpc{letter}://{grpc}"] if grpc else []
-    sys.stdout.write(f"fot answers as {name} at {' and '.join(places)}\n")
-    sys.stdout.flush()
+        run(serve(worker, accepted, addresses, lambda server: announce(server.http, server.grpc)))
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`fot bench prefill|decode`: measure a model with a memory, the environment saved beside the numbers."""
+"""`fot bench prefill|decode|serving`: measure a model with a memory, the environment saved beside the numbers."""
 
 from __future__ import annotations
 
@@ -79,6 +79,29 @@ def decode(
         reference_tokens=bench.REFERENCE_TOKENS if reference_tokens is None else reference_tokens,
         grpc_tokens=bench.GRPC_TOKENS if grpc_tokens is None else grpc_tokens,
         rounds=rounds or bench.ROUNDS,
+        directory=directory,
+        quick=quick,
+    )
+    _finish(result, bench.render, json)
+
+
+def serving(
+    streams: Annotated[int | None, typer.Option(min=1, help="Chats at once.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each answer.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A checkpoint; by default the reference model.")] = None,
+    rounds: Rounds = None,
+    directory: Directory = None,
+    quick: Quick = False,
+    json: JsonFile = None,
+) -> None:
+    """Many chats at once, batched against one after another, in process and over gRPC; a few minutes."""
+    from model_worker.bench import serving as bench
+
+    result = bench.run(
+        streams=streams or bench.STREAMS,
+        new_tokens=new_tokens or bench.NEW_TOKENS,
+        rounds=rounds or bench.ROUNDS,
+        model=model,
         directory=directory,
         quick=quick,
     )

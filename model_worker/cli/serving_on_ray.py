@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from model_worker.cli.api import tell
 from model_worker.deployment.serving import Scale, deploy, remove
 
 if TYPE_CHECKING:
@@ -22,15 +22,19 @@ def serve_on_ray(
     cpus: float,
     gpus: float,
     ray_address: str | None,
+    announce: Callable[[str | None, str | None], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let answers under way finish and take the applications down."""
+    """Serve until SIGTERM or Ctrl-C, then let answers under way finish and take the applications down.
+
+    `announce` is told where HTTP and gRPC are.
+    """
     scale = Scale(replicas, most_replicas, cpus=cpus, gpus=gpus)
     # From here on, so that a signal while replicas start takes down what there is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         try:
             listening = deploy(setup, addresses, scale, ray_address)
-            tell(setup.name, addresses.http, listening, tls=addresses.tls_certificate is not None)
+            announce(addresses.http, listening)
             signal.pause()
         finally:
             remove()

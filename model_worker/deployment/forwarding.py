@@ -10,7 +10,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from memory_service.errors import FotError, InvalidArgument
 from memory_service.types import Identity
-from model_worker.api.intake import BATCH_BYTES, BATCH_DOCUMENTS
+from model_worker.api.limits import BATCH_BYTES, BATCH_DOCUMENTS
 from model_worker.v1 import model_worker_pb2 as pb
 
 _METHODS = pb.DESCRIPTOR.services_by_name["ModelWorker"].methods_by_name

@@ -24,15 +24,14 @@ from memory_service.errors import FotError, InvalidArgument
 from memory_service.server import split_address
 from memory_service.types import Identity
 from model_worker import reference
-from model_worker.api.guard import Rules
 from model_worker.api.http import http_app
-from model_worker.api.keys import Keys
 from model_worker.api.rpcs import Rpcs
-from model_worker.api.server import Addresses, Server
+from model_worker.api.server import Addresses
 from model_worker.api.setup import Setup
 from model_worker.api.traffic import Traffic
 from model_worker.deployment.connection import connect
-from model_worker.deployment.forwarding import Forwarder, answer_here
+from model_worker.deployment.forwarding import answer_here
+from model_worker.deployment.gateway import APPLICATION, REPLICA, Gateway
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -40,9 +39,7 @@ if TYPE_CHECKING:
 
 Told = TypeVar("Told")
 
-APPLICATION = "fot"
 GATEWAY = "fot-grpc"
-REPLICA = "worker"
 # Requests with the same x-session-id, or of one gRPC conversation, go to one replica; others to any.
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -96,45 +93,6 @@ class Replica:
         self._closing.close()
 
 
-class Gateway:
-    """The gRPC server, which holds no model."""
-
-    def __init__(self, setup: Setup, addresses: Addresses):
-        self._rules = Rules(Keys(setup.keys), Traffic(setup.limits.calls), setup.limits.timeout_s)
-        self._addresses = addresses
-        self._replicas = serve.get_deployment_handle(REPLICA, APPLICATION).options(stream=True, method_name="rpc")
-        self._server: Server | None = None
-
-    async def reconfigure(self, settings: dict[str, str]) -> None:
-        """Listen: Serve calls this on the event loop that calls run on, before there are any."""
-        if self._server is None:
-            self._server = Server(None, Forwarder(self._send), self._rules, self._addresses)
-            await self._server.start()
-
-    async def address(self) -> str | None:
-        """Where it listens."""
-        return None if self._server is None else self._server.grpc
-
-    async def __del__(self) -> None:
-        """Let calls under way finish."""
-        if self._server is not None:
-            await self._server.stop()
-
-    async def _send(
-        self, rpc: str, identity: Identity, requests: list[bytes], session: str
-    ) -> AsyncGenerator[bytes | FotError]:
-        replicas = self._replicas.options(session_id=session) if session else self._replicas
-        answers = replicas.remote(rpc, identity, requests)
-        ended = False
-        try:
-            async for answer in answers:
-                yield answer
-            ended = True
-        finally:
-            if not ended:
-                answers.cancel()
-
-
 def application(setup: Setup, scale: Scale) -> Application:
     """Replicas of a model behind HTTP."""
     rows = setup.batch.max_rows
@@ -169,7 +127,7 @@ def gateway(setup: Setup, addresses: Addresses) -> Application:
         user_config={},
         graceful_shutdown_timeout_s=addresses.drain_grace_s + 5,
     )
-    return deployment.bind(setup, addresses)
+    return deployment.bind(setup.keys, setup.limits, addresses)
 
 
 def deploy(setup: Setup, addresses: Addresses, scale: Scale, ray_address: str | None = None) -> str | None:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from memory_service import Attended, Attribution, Coverage, Measured, TopTokens
+from memory_service import Attended, Attribution, Coverage, Measured
 from model_worker.passages import PASSAGE_TOKENS, check_passage_tokens
 from model_worker.settings import Read
 
@@ -25,6 +26,8 @@ UNTOLD = "untold"  # In memory, but the answer does not say where.
 _WINDOW, _UNTOLD = 0, 1  # Their numbers; documents and sessions follow.
 _UNKNOWN = -1  # The passage of mass of which only the source is known.
 _ROUNDING = 1e-5  # Of float32 weights: less is not missing.
+_NOBODY = -1  # The source of padding.
+_TOGETHER = 8  # Answers counted together, or queries of one that is counted at once.
 _PENDING = 1 << 16  # Entries that wait before they are added up.
 
 
@@ -75,6 +78,7 @@ class Tally:
         self._lock = threading.Lock()
         self._numbers: dict[str, int] = {WINDOW: _WINDOW, UNTOLD: _UNTOLD}
         self._accounts: dict[tuple[int, int], _Account] = {}  # By layer and row.
+        self._waiting: dict[tuple[int, int], list[_Heard]] = {}  # The same, not counted yet.
         self._engines: dict[str, None] = {}
         self._coverage: Coverage | None = None
         self._recall = self._captured = 0.0  # Times queries.
@@ -83,25 +87,41 @@ class Tally:
     def __call__(self, read: Read) -> None:
         """Count one answer of the memory."""
         skipped = max(0, self.first_token - read.first_token)
-        share = read.share[:, skipped:].detach().double().cpu().numpy()  # [H, n]
-        heads, queries = share.shape
-        if not share.size:
+        share = read.share[:, skipped:]  # [H, n]
+        if not share.numel():
             return
-        share = share / heads
         with self._lock:
-            told = self._told(read, share, skipped)
-            if self.by_token:
-                remembered, known, each = share.sum(0), np.bincount(told.token, told.mass, queries), 1
-            else:
-                remembered, known, each = share.sum(keepdims=True)[0], told.mass.sum(keepdims=True), queries
-            untold = remembered - known
-            untold[untold < each * _ROUNDING] = 0
-            entries = _joined([told, _apart(_WINDOW, each - remembered), _apart(_UNTOLD, untold)])
-            if self.by_token:
-                entries = entries._replace(token=entries.token + read.first_token + skipped)
-            account = self._accounts.setdefault((read.layer, read.row), _Account())
-            account.add(entries, queries)
-            self._note(read.attended, queries)
+            self._note(read.attended, share.shape[1])
+            waiting = self._waiting.setdefault((read.layer, read.row), [])
+            waiting.append(_Heard(read.attended, share.detach(), read.first_token + skipped, skipped))
+            # One token at a time would cost more to count than to read: numpy's calls are worth some of them.
+            if len(waiting) == _TOGETHER or share.shape[1] > _TOGETHER:
+                self._count(read.layer, read.row)
+
+    def _count(self, layer: int, row: int) -> None:
+        """Add up what was heard of a layer and row."""
+        heard = self._waiting.pop((layer, row), None)
+        if heard is None:
+            return
+        share = np.concatenate([one.share.double().cpu().numpy() for one in heard], axis=1)  # [H, n of all]
+        heads, queries = share.shape
+        share = share / heads
+        told = self._told(heard, share)
+        if self.by_token:
+            remembered, known, each = share.sum(0), np.bincount(told.token, told.mass, queries), 1
+        else:
+            remembered, known, each = share.sum(keepdims=True)[0], told.mass.sum(keepdims=True), queries
+        untold = remembered - known
+        untold[untold < each * _ROUNDING] = 0
+        entries = _joined([told, _apart(_WINDOW, each - remembered), _apart(_UNTOLD, untold)])
+        if self.by_token:
+            tokens = np.concatenate([one.first_token + np.arange(one.share.shape[1]) for one in heard])
+            entries = entries._replace(token=tokens[entries.token])
+        self._accounts.setdefault((layer, row), _Account()).add(entries, queries)
+
+    def _count_all(self) -> None:
+        for layer, row in list(self._waiting):
+            self._count(layer, row)
 
     # --- What was counted -------------------------------------------------------------------------------------------
 
@@ -109,6 +129,7 @@ class Tally:
     def layers(self) -> tuple[int, ...]:
         """Memory layers that asked."""
         with self._lock:
+            self._count_all()
             return tuple(sorted({layer for layer, _ in self._accounts}))
 
     @property
@@ -132,6 +153,7 @@ class Tally:
     def masses(self, layer: int | None = None, row: int | None = None) -> Masses:
         """What a layer and a row gave out; all of them if not named."""
         with self._lock:
+            self._count_all()
             chosen = [
                 account
                 for (its_layer, its_row), account in self._accounts.items()
@@ -142,36 +164,52 @@ class Tally:
 
     # --- One answer -------------------------------------------------------------------------------------------------
 
-    def _told(self, read: Read, share: Floats, skipped: int) -> _Entries:
-        """Where in memory the answer says the mass went; tokens count from the first that is not skipped."""
-        if read.attended.tokens is not None:
-            return self._of_tokens(read.attended.tokens, share, skipped)
-        if read.attended.attribution is not None:
-            return self._of_attribution(read.attended.attribution, share.sum(0))
-        return _NOTHING
+    def _told(self, heard: Sequence[_Heard], share: Floats) -> _Entries:
+        """Where in memory the answers say the mass went; tokens count from the first of the first answer."""
+        parts: list[_Entries] = []
+        tops: dict[int, list[tuple[_Heard, int]]] = {}
+        first = 0
+        for one in heard:
+            queries = one.share.shape[1]
+            if (top := one.attended.tokens) is not None:
+                tops.setdefault(top.source.shape[2], []).append((one, first))
+            elif one.attended.attribution is not None:
+                remembered = share[:, first : first + queries].sum(0)
+                parts.append(self._of_attribution(one.attended.attribution, remembered, first))
+            first += queries
+        parts += [self._of_tokens(group, share) for group in tops.values()]
+        return _joined(parts) if parts else _NOTHING
 
-    def _of_tokens(self, top: TopTokens, share: Floats, skipped: int) -> _Entries:
-        local = top.source[:, skipped:].cpu().numpy().astype(np.int64)  # [H, n, K]
-        seen = local >= 0
+    def _of_tokens(self, heard: Sequence[tuple[_Heard, int]], share: Floats) -> _Entries:
+        sources, offsets, weights, places = [], [], [], []
+        for one, first in heard:
+            top = one.attended.tokens
+            assert top is not None
+            # An answer put together from pieces may name the tokens of its first queries only: the others stay untold.
+            numbers = np.array([*map(self._number, top.sources), _NOBODY], np.int64)  # -1 reads the last.
+            sources.append(numbers[top.source[:, one.skipped :].cpu().numpy()])  # [H, n, K]
+            offsets.append(top.offset[:, one.skipped :].cpu().numpy())
+            weights.append(top.weight[:, one.skipped :].cpu().numpy())
+            places.append(first + np.arange(sources[-1].shape[1]))
+        source, place = np.concatenate(sources, axis=1), np.concatenate(places)
+        seen = source != _NOBODY
         if not seen.any():
             return _NOTHING
-        # An answer put together from pieces may name the tokens of its first queries only: the others stay untold.
-        mass = (top.weight[:, skipped:].cpu().numpy() * share[:, : local.shape[1], None])[seen]
-        token = np.broadcast_to(np.arange(local.shape[1])[:, None], local.shape)[seen] if self.by_token else 0
-        passage = top.offset[:, skipped:].cpu().numpy()[seen] // self.passage_tokens
+        mass = (np.concatenate(weights, axis=1) * share[:, place, None])[seen]
+        token = np.broadcast_to(place[:, None], source.shape)[seen] if self.by_token else 0
+        passage = np.concatenate(offsets, axis=1)[seen] // self.passage_tokens
         # One number for each (token, source, passage): sorting it is much faster than sorting all three.
-        sources, passages = len(top.sources), int(passage.max()) + 1
-        places, inverse = np.unique((token * sources + local[seen]) * passages + passage, return_inverse=True)
-        token_and_source, passage = np.divmod(places, passages)
-        token, local = np.divmod(token_and_source, sources)
-        numbers = np.array([self._number(name) for name in top.sources], np.int64)
-        return _Entries(token, numbers[local], passage, np.bincount(inverse, mass, len(places)).astype(np.float64))
+        known, passages = len(self._numbers), int(passage.max()) + 1
+        found, inverse = np.unique((token * known + source[seen]) * passages + passage, return_inverse=True)
+        token_and_source, passage = np.divmod(found, passages)
+        token, named = np.divmod(token_and_source, known)
+        return _Entries(token, named, passage, np.bincount(inverse, mass, len(found)).astype(np.float64))
 
-    def _of_attribution(self, attribution: Sequence[Attribution], remembered: Floats) -> _Entries:
+    def _of_attribution(self, attribution: Sequence[Attribution], remembered: Floats, first: int) -> _Entries:
         numbers = np.array([self._number(one.source) for one in attribution], np.int64)
         masses = np.array([one.mass for one in attribution], np.float64)
         each = remembered if self.by_token else remembered.sum(keepdims=True)
-        tokens = np.repeat(np.arange(len(each)), len(numbers))
+        tokens = np.repeat(np.arange(len(each)) + (first if self.by_token else 0), len(numbers))
         spread = np.outer(each, masses).ravel()
         return _Entries(tokens, np.tile(numbers, len(each)), np.full(len(tokens), _UNKNOWN), spread)
 
@@ -187,6 +225,15 @@ class Tally:
             self._recall += measured.recall * queries
             self._captured += measured.captured_mass * queries
             self._measured += queries
+
+
+class _Heard(NamedTuple):
+    """An answer that waits to be counted."""
+
+    attended: Attended
+    share: Tensor  # [H, n] of the queries that count
+    first_token: int  # Theirs.
+    skipped: int  # Queries of the answer before them.
 
 
 class _Entries(NamedTuple):

@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from memory_service import InvalidArgument, Memory, SessionExpired, Unavailable
+from memory_service import InvalidArgument, SessionExpired, Unavailable
 from memory_service.errors import ResourceExhausted
 from model_worker.fitting import check_spec
 from model_worker.model import FotModel
 from model_worker.recall.line import Line
 from model_worker.serving.conversations import Conversations
+from model_worker.serving.goodbyes import Goodbyes
 from model_worker.serving.job import Job
 from model_worker.serving.load import Load, Rate
 from model_worker.serving.readers import Readers
-from model_worker.serving.requests import Event, Failed, Finish, Request, Ticket
+from model_worker.serving.requests import Event, Finish, Request, Ticket
 from model_worker.serving.settings import BatchSettings
 from model_worker.state import State
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOG = logging.getLogger(__name__)
-_GOODBYES = 4  # Threads that close sessions and fetch the words of sources while the model goes on.
 
 
 class Batcher:
@@ -52,7 +50,7 @@ class Batcher:
         self._vocabulary = int(model.decoder.config.vocab_size)
         self._token_bytes = _window_bytes(model)
         self._readers = Readers(model)
-        self._goodbyes = ThreadPoolExecutor(_GOODBYES, "fot-goodbye")
+        self._goodbyes = Goodbyes(self._readers)
         self._changed = threading.Condition()  # Guards the next three.
         self._queue: deque[Job] = deque()
         self._closing = False
@@ -62,9 +60,9 @@ class Batcher:
         self._writing: list[Job] = []  # In the order of the batch's rows.
         self._next: list[int] = []  # Their newest tokens.
         self._batch = model.start()
-        self._kept = Conversations(self.settings.conversations, self.settings.conversation_s, self._let_go)
-        self._allowed = 0
-        self._steps = self._cached = self._finished = self._cancelled = self._failed = 0
+        self._kept = Conversations(self.settings.conversations, self.settings.conversation_s, self._goodbyes.let_go)
+        self._allowed = self._window_bytes = 0
+        self._steps = self._cached = 0
         self._read, self._written = Rate(), Rate()
         self._thread = threading.Thread(target=self._run, name="fot-batcher", daemon=True)
         self._thread.start()
@@ -100,16 +98,16 @@ class Batcher:
             writing=len(self._writing),
             max_rows=self.settings.max_rows,
             conversations=len(self._kept),
-            window_bytes=self._used(),
+            window_bytes=self._window_bytes,
             tokens_per_s=self._written.per_s(),
             prompt_tokens_per_s=self._read.per_s(),
             steps=self._steps,
             prompt_tokens=self._read.total,
             cached_tokens=self._cached,
             completion_tokens=self._written.total,
-            finished=self._finished,
-            cancelled=self._cancelled,
-            failed=self._failed,
+            finished=self._goodbyes.finished,
+            cancelled=self._goodbyes.cancelled,
+            failed=self._goodbyes.failed,
         )
 
     def close(self, drain: bool = False) -> None:
@@ -119,10 +117,10 @@ class Batcher:
         """
         with self._changed:
             self._closing = True
-            self._draining = drain and (self._draining or self._thread.is_alive())
+            self._draining = drain
             self._changed.notify()
         self._thread.join()
-        self._goodbyes.shutdown(wait=True)
+        self._goodbyes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +153,7 @@ class Batcher:
             while self._wait():
                 self._drop_cancelled()
                 self._admit()
+                self._window_bytes = self._used()
                 self._read_prompts()
                 self._write_tokens()
         except BaseException as error:  # A defect of ours: nobody must wait for an answer that never comes.
@@ -178,10 +177,12 @@ class Batcher:
         with self._changed:
             self._closing = True
             waiting, self._queue = list(self._queue), deque()
-        for job in [*waiting, *self._reading, *self._writing]:
-            self._end(job, Finish.CANCELLED if error is None else error)
+        why = Finish.CANCELLED if error is None else error
+        for row in reversed(range(len(self._writing))):
+            self._leave(row, why)
+        for job in [*waiting, *self._reading]:
+            self._end(job, why)
         self._reading.clear()
-        self._writing.clear()
         self._kept.clear()
 
     def _drop_cancelled(self) -> None:
@@ -223,6 +224,7 @@ class Batcher:
             else:
                 job.state = self._model.start(recall, self._readers.take(job.memory))
             self._cached += job.cached_tokens
+            job.untouched = True
             job.slices = self._model.slices(job.state, job.request.ids[job.cached_tokens :], lambda: self._allowed)
             self._reading.append(job)
         except Exception as error:
@@ -231,9 +233,10 @@ class Batcher:
     def _read_prompts(self) -> None:
         """Slices of prompts, in turn, until the budget of a step is spent."""
         left = self.settings.step_tokens if self._writing else self.settings.idle_tokens
+        left -= self._read_together(left)
         while self._reading and left > 0:
             job = self._reading.popleft()
-            self._allowed = left
+            self._allowed, job.untouched = left, False
             try:
                 piece = next(job.slices)
             except Exception as error:
@@ -248,12 +251,45 @@ class Batcher:
                 assert piece.logits is not None
                 self._join(job, piece.logits)
 
-    def _again(self, job: Job, error: Exception) -> bool:
+    def _read_together(self, most: int) -> int:
+        """Short prompts that nothing was read of yet, in one pass; how many tokens that was, padding included."""
+        jobs: list[Job] = []
+        longest = 0
+        for job in self._reading:
+            tokens = len(job.request.ids) - job.cached_tokens
+            if job.untouched and self._model.fits(tokens) and max(longest, tokens) * (len(jobs) + 1) <= most:
+                longest = max(longest, tokens)
+                jobs.append(job)
+        if len(jobs) < 2:
+            return 0
+        for job in jobs:
+            self._reading.remove(job)
+        states, texts = zip(*((job.state, job.request.ids[job.cached_tokens :]) for job in jobs), strict=True)
+        try:
+            state, logits = self._model.read(states, texts)
+        except Exception as error:
+            for job in jobs:
+                self._end(job, error)
+            return most
+        self._read.add(sum(map(len, texts)))
+        self._batch.admit(state)
+        for job in jobs:
+            job.state = None
+        first = len(self._writing)
+        self._writing += jobs
+        self._next += [0] * len(jobs)
+        self._choose(first, logits.float().cpu())
+        return longest * len(jobs)
+
+    def _again(self, job: Job, error: Exception, row: int | None = None) -> bool:
         """Read the whole prompt anew if it went on from a conversation whose session is gone."""
         if not job.cached_tokens or not isinstance(error, SessionExpired) or job.ids:
             return False
-        assert job.state is not None
-        self._let_go(job.state, job.memory)
+        if row is None:
+            assert job.state is not None
+            self._goodbyes.let_go(job.state.close, job.memory)
+        else:
+            self._goodbyes.let_go(self._vacate(row).rows.close, job.memory)
         job.state, self._cached = None, self._cached - job.cached_tokens
         job.cached_tokens = 0
         self._begin(job)
@@ -288,17 +324,22 @@ class Batcher:
             self._abandon(error)
             return
         self._steps += 1
-        self._written.add(len(self._writing))
+        self._choose(0, logits)
+
+    def _choose(self, first: int, logits: Tensor) -> None:
+        """The next token of the rows from `first` on, by their logits [B, V]."""
         best = logits.argmax(-1).tolist()
-        for row in reversed(range(len(self._writing))):  # Backwards: a row that leaves gives its place to the last.
+        self._written.add(len(best))
+        for row in reversed(range(first, len(self._writing))):  # Backwards: who leaves gives its place to the last.
             job, line = self._writing[row], self._batch.lines[row]
             try:
                 if line.error is not None:
                     raise line.error
-                token = best[row] if job.greedy else job.choose(logits[row])
+                token = best[row - first] if job.greedy else job.choose(logits[row - first])
                 reason = job.take(token)
             except Exception as error:
-                self._leave(row, error)
+                if not self._again(job, error, row):
+                    self._leave(row, error)
                 continue
             self._next[row] = token
             if reason is not None:
@@ -309,7 +350,7 @@ class Batcher:
         lines, jobs = self._batch.lines, self._writing
         self._batch, self._writing, self._next = self._model.start(), [], []
         for line, job in zip(lines, jobs, strict=True):
-            self._goodbye(job, line.rows.close, error)
+            self._goodbyes.say(job, line.rows.close, error)
 
     # --- how requests end ---
 
@@ -317,67 +358,35 @@ class Batcher:
         """A row of the batch is done."""
         job = self._writing[row]
         state = self._batch.alone(row) if self._keeps(job, why) else None
-        line = self._batch.leave(row)
-        for per_row in (self._writing, self._next):
-            per_row[row] = per_row[-1]  # type: ignore[index]
-            per_row.pop()
-        self._conclude(job, why, state, line)
+        self._conclude(job, why, state, self._vacate(row))
+
+    def _vacate(self, row: int) -> Line:
+        """Let a row of the batch go, and the last one take its place."""
+        self._writing[row], self._next[row] = self._writing[-1], self._next[-1]
+        self._writing.pop()
+        self._next.pop()
+        return self._batch.leave(row)
 
     def _end(self, job: Job, why: Finish | Exception) -> None:
         """A request that is not in the batch is done."""
         state, job.state = job.state, None
         if state is None:
-            self._goodbye(job, lambda: None, why, begun=False)
+            self._goodbyes.say(job, lambda: None, why, begun=False)
         elif self._keeps(job, why):
             self._conclude(job, why, state, None)
         else:
-            self._goodbye(job, state.close, why)
+            self._goodbyes.say(job, state.close, why)
 
     def _keeps(self, job: Job, why: Finish | Exception) -> bool:
         return job.request.conversation is not None and why in (Finish.STOP, Finish.LENGTH)
 
     def _conclude(self, job: Job, why: Finish | Exception, state: State | None, line: Line | None) -> None:
         if state is not None and self._kept.keep(job, state, self._size(job)):
-            self._goodbye(job, None, why)
+            self._goodbyes.say(job, None, why)
         elif line is not None:
-            self._goodbye(job, line.rows.close, why)
+            self._goodbyes.say(job, line.rows.close, why)
         elif state is not None:
-            self._goodbye(job, state.close, why)
-
-    def _goodbye(
-        self, job: Job, close: Callable[[], None] | None, why: Finish | Exception, *, begun: bool = True
-    ) -> None:
-        """Free what it held, then tell the end: in another thread, for both may ask the memory. `close` None: kept."""
-        if isinstance(why, Exception):
-            self._failed += 1
-        elif why is Finish.CANCELLED:
-            self._cancelled += 1
-        else:
-            self._finished += 1
-
-        def run() -> None:
-            try:
-                if close is not None:
-                    close()
-                    if begun:
-                        self._readers.give_back(job.memory)
-                if isinstance(why, Exception):
-                    job.fail(why)
-                else:
-                    job.finish(why)
-            except Exception:  # Of a listener, or of closing: there is nobody left to tell.
-                _LOG.exception("a request did not end well")
-
-        self._goodbyes.submit(run)
-
-    def _let_go(self, state: State, memory: Memory | None) -> None:
-        """Nobody goes on from this state."""
-
-        def run() -> None:
-            state.close()
-            self._readers.give_back(memory)
-
-        self._goodbyes.submit(run)
+            self._goodbyes.say(job, state.close, why)
 
     # --- room ---
 

@@ -31,8 +31,8 @@ class Kept:
 class Conversations:
     """The last conversations, each under its memory and name. For one thread."""
 
-    def __init__(self, most: int, keep_s: float, let_go: Callable[[State, Memory | None], None]):
-        """`let_go` frees a state nobody will go on from."""
+    def __init__(self, most: int, keep_s: float, let_go: Callable[[Callable[[], None], Memory | None], None]):
+        """`let_go` frees what nobody will go on from."""
         self._most = most
         self._keep_s = keep_s
         self._let_go = let_go
@@ -59,7 +59,7 @@ class Conversations:
         same = _shared(kept.state.lines[0].ids, job.request.ids)
         if kept.manner == _manner(job.request) and kept.state.rewind(same):
             return kept.state, same
-        self._let_go(kept.state, job.memory)
+        self._let_go(kept.state.close, job.memory)
         return None
 
     def keep(self, job: Job, state: State, size: int) -> bool:
@@ -68,7 +68,7 @@ class Conversations:
         if name is None or not self._most:
             return False
         if (before := self._kept.pop(name, None)) is not None:
-            self._let_go(before.state, job.memory)
+            self._let_go(before.state.close, job.memory)
         self._kept[name] = Kept(state, _manner(job.request), size, time.monotonic() + self._keep_s)
         while len(self._kept) > self._most:
             self.drop_oldest()
@@ -79,7 +79,7 @@ class Conversations:
         if not self._kept:
             return False
         (memory, _), kept = self._kept.popitem(last=False)
-        self._let_go(kept.state, memory)
+        self._let_go(kept.state.close, memory)
         return True
 
     def expire(self) -> float | None:

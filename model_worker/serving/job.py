@@ -41,6 +41,7 @@ class Job:
         self.state: State | None = None  # Its own until it joins the batch.
         self.reader: Reader | None = None  # Of a memory that is not the model's.
         self.slices: Iterator[Slice] = iter(())  # What is left to read.
+        self.untouched = True  # Nothing was read yet.
         self.cached_tokens = 0
         self.ids: list[int] = []  # Of the answer.
         self.memory: Memory | None = request.memory or model.memory

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
+import httpx2
 import openai
 import pytest
 from ray import serve
@@ -36,6 +36,8 @@ class Cloud:
     """Two replicas, a gateway and a memory service of two tenants."""
 
     def __init__(self, directory: Path, closing: ExitStack):
+        self.clients: dict[str, openai.OpenAI] = {}
+        self._closing = closing
         keys, tokens = TokenFile(directory / "keys.json"), TokenFile(directory / "tokens.json")
         (directory / "memory-tokens").mkdir()
         self.keys = {tenant: keys.create(tenant, tenant, Role.ADMIN) for tenant in ("north", "south")}
@@ -63,7 +65,12 @@ class Cloud:
         return (("authorization", f"Bearer {self.keys.get(tenant, tenant)}"),)
 
     def openai(self, tenant: str = "north") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(tenant, tenant), max_retries=0)
+        """The official client."""
+        if tenant not in self.clients:
+            key = self.keys.get(tenant, tenant)
+            self.clients[tenant] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+            self._closing.callback(self.clients[tenant].close)
+        return self.clients[tenant]
 
     def generate(self, tenant: str = "north", **given: Any) -> list[pb.GenerateResponse]:
         request = pb.GenerateRequest(**{"prompt": QUESTION, "options": pb.Options(max_new_tokens=5)} | given)
@@ -120,24 +127,26 @@ def test_replicas_answer_alike(cloud: Cloud) -> None:
     assert {text_of(cloud.generate(look=LOOK)) for _ in range(6)} == {" 4711"}
 
 
-@pytest.mark.parametrize("name", ["one", "two", "three", "four"])
-def test_a_conversation_stays_with_its_replica(cloud: Cloud, name: str) -> None:
-    prompt = with_key(7)
-    answer = text_of(cloud.generate(prompt=prompt, conversation=name))
-    longer = cloud.generate(prompt=f"{prompt}{answer} {QUESTION}", conversation=name)
-    assert longer[-1].finished.cached_tokens > 100
-    # Over HTTP the client names the session to Serve's proxy.
-    asked: dict[str, Any] = {
-        "model": "reference",
-        "max_tokens": 2,
-        "temperature": 0,
-        "prompt_cache_key": f"{name}-http",
-        "extra_headers": {"x-session-id": name},
-    }
-    first = cloud.openai().completions.create(prompt=prompt, **asked)
-    second = cloud.openai().completions.create(prompt=prompt + first.choices[0].text + QUESTION, **asked)
-    assert second.usage is not None and second.usage.prompt_tokens_details is not None
-    assert (second.usage.prompt_tokens_details.cached_tokens or 0) > 100
+def test_conversations_stay_with_their_replicas(cloud: Cloud) -> None:
+    prompt, client, cached = with_key(7), cloud.openai(), []
+    for name in ("one", "two", "three", "four", "five"):
+        answer = text_of(cloud.generate(prompt=prompt, conversation=name))
+        longer = cloud.generate(prompt=f"{prompt}{answer} {QUESTION}", conversation=name)
+        cached.append(longer[-1].finished.cached_tokens)
+        # Over HTTP the client names the session to Serve's proxy.
+        asked: dict[str, Any] = {
+            "model": "reference",
+            "max_tokens": 2,
+            "temperature": 0,
+            "extra_body": {"prompt_cache_key": name},
+            "extra_headers": {"x-session-id": name},
+        }
+        first = client.completions.create(prompt=prompt, **asked)
+        second = client.completions.create(prompt=f"{prompt}{first.choices[0].text} {QUESTION}", **asked)
+        assert second.usage is not None and second.usage.prompt_tokens_details is not None
+        cached.append(second.usage.prompt_tokens_details.cached_tokens or 0)
+    # Serve asks another replica if one does not say within 0.1 s how busy it is. By chance half of them would stay.
+    assert sum(one > 100 for one in cached) >= 9, cached
 
 
 @pytest.mark.parametrize("over", ["http", "grpc"])
@@ -165,8 +174,8 @@ def test_a_client_that_leaves_frees_its_session(cloud: Cloud, over: str) -> None
 
 def test_without_a_key_nothing_answers_but_health(cloud: Cloud) -> None:
     for path in ("/v1/models", "/v1/completions", "/metrics"):
-        assert httpx.get(cloud.url + path).status_code == 401
-    assert httpx.get(f"{cloud.url}/health").status_code == 200
+        assert httpx2.get(cloud.url + path).status_code == 401
+    assert httpx2.get(f"{cloud.url}/health").status_code == 200
     with pytest.raises(grpc.RpcError) as told:
         cloud.generate("fot_unknown")
     assert isinstance(read_error(told.value), Unauthenticated)

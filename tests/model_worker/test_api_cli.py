@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import httpx2
 import openai
 import pytest
 
@@ -20,11 +22,14 @@ from memory_service.auth import EVERYONE, TokenFile
 from memory_service.errors import FailedPrecondition
 from memory_service.types import Identity, Role
 from model_worker.api.keys import Keys
+from model_worker.api.process import running
 from model_worker.api.server import Addresses
+from model_worker.api.setup import Setup
 from model_worker.api.tenants import Tenants
 from model_worker.v1 import model_worker_pb2 as pb
 from model_worker.v1 import model_worker_pb2_grpc as pb_grpc
 from tests.memory_service.places import serving
+from tests.memory_service.test_tls import Authority
 from tests.model_worker.tiny import save_tiny_llama
 from tests.model_worker.workers import PLAIN_TEMPLATE
 
@@ -36,18 +41,17 @@ def fot_api(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, st
     """The process, and where it says that HTTP and gRPC are."""
     command = [sys.executable, "-m", "memory_service.cli", "api", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None and process.stderr is not None
-        told = process.stdout.readline()
-        found = re.search(r"at (http://\S+) and grpc://(\S+)", told)
-        assert found, told + process.stderr.read()
-        yield process, found[1], found[2]
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            told = process.stdout.readline()
+            found = re.search(r"at (http://\S+) and grpc://(\S+)", told)
+            assert found, told + process.stderr.read()
+            yield process, found[1], found[2]
+        finally:
+            process.kill()
 
 
 def test_it_serves_both_until_it_is_told_to_stop_and_finishes_what_it_began(tmp_path: Path) -> None:
@@ -75,6 +79,7 @@ def test_it_serves_both_until_it_is_told_to_stop_and_finishes_what_it_began(tmp_
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         assert (chunks[-1].model_extra or {})["memory"]["documents"][0]["id"] == "a"
         assert process.wait(timeout=20) == 0
+        client.close()
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------
@@ -88,7 +93,6 @@ def test_it_serves_both_until_it_is_told_to_stop_and_finishes_what_it_began(tmp_
         (Addresses("127.0.0.1:8000", "[::]:50051"), True, "--insecure"),
         (Addresses(None, None), True, "nothing to listen on"),
         (Addresses(tls_key=Path("key.pem")), True, "both"),
-        (Addresses(tls_key=Path("key.pem"), tls_certificate=Path("absent.pem")), True, "no TLS file"),
     ],
 )
 def test_unsafe_addresses_are_refused(addresses: Addresses, keys: bool, word: str) -> None:
@@ -99,6 +103,29 @@ def test_unsafe_addresses_are_refused(addresses: Addresses, keys: bool, word: st
 def test_unsafe_addresses_can_be_insisted_on() -> None:
     Addresses("0.0.0.0:8000", "0.0.0.0:50051", insecure=True).check(False)
     Addresses("localhost:8000", "[::1]:50051").check(False)
+
+
+def test_absent_files_of_tls_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"no TLS file .*absent\.crt"):
+        Addresses(tls_certificate=tmp_path / "absent.crt", tls_key=tmp_path / "absent.key").check_files()
+
+
+def test_both_speak_tls_with_the_same_certificate(tmp_path: Path) -> None:
+    authority = Authority("ours")
+    certificate, key = authority.issue("127.0.0.1")
+    (tmp_path / "tls.crt").write_bytes(certificate)
+    (tmp_path / "tls.key").write_bytes(key)
+    (tmp_path / "ca.crt").write_bytes(authority.pem)
+    addresses = Addresses("127.0.0.1:0", "127.0.0.1:0", tmp_path / "tls.crt", tmp_path / "tls.key")
+    setup = Setup(save_tiny_llama(tmp_path / "tiny"), "tiny", ":memory:", mem_layers=(1,), window=64)
+    with setup.open() as (worker, keys), running(worker, keys, addresses) as server:
+        trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+        assert httpx2.get(f"https://{server.http}/v1/models", verify=trusted).json()["data"][0]["id"] == "tiny"
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"https://{server.http}/v1/models")
+        with grpc.secure_channel(str(server.grpc), grpc.ssl_channel_credentials(authority.pem)) as channel:
+            told = pb_grpc.ModelWorkerStub(channel).GetModel(pb.GetModelRequest(), timeout=10)
+            assert told.id == "tiny" and list(told.memory_layers) == [1] and not told.chat
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------------

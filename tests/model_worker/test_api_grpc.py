@@ -23,8 +23,8 @@ from memory_service.errors import (
     Unauthenticated,
 )
 from memory_service.wire import read_error
-from model_worker.api.rpcs import POLICY, SERVICE
-from model_worker.api.worker import Limits
+from model_worker.api.limits import Limits
+from model_worker.api.policy import POLICY, SERVICE
 from model_worker.v1 import model_worker_pb2 as pb
 from tests.model_worker.workers import (
     QUESTION,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -200,13 +200,13 @@ def test_a_client_that_leaves_frees_its_session(place: Place, stream: bool) -> N
     body = {"model": "tiny", "prompt": with_key(1) * 8, "max_tokens": 4000, "stream": stream, "memory": NOTES}
     assert place.sessions() == 0
     headers = {"authorization": f"Bearer {place.keys['north']}"}
-    with httpx.Client(timeout=30) as client:
+    with httpx2.Client(timeout=30) as client:
         if stream:
             with client.stream("POST", f"{place.url}/v1/completions", json=body, headers=headers) as answer:
                 next(answer.iter_lines())
                 assert place.sessions() == 1
         else:
-            with pytest.raises(httpx.ReadTimeout):
+            with pytest.raises(httpx2.ReadTimeout):
                 client.post(f"{place.url}/v1/completions", json=body, headers=headers, timeout=1.0)
     until(lambda: place.sessions() == 0)
     until(lambda: place.server.traffic.calls == 0)

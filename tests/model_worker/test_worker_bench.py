@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from memory_service.bench.harness import Result
 from memory_service.errors import InvalidArgument, Unavailable
-from model_worker.bench import decode, prefill
+from model_worker.bench import decode, prefill, serving
 from model_worker.bench.geometry import QUICK
 from model_worker.bench.launch import launch
 from model_worker.bench.subject import Measured, Mode, Setup
@@ -114,3 +114,22 @@ def bench(*arguments: str) -> str:
     ran = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert ran.exit_code == 0
     return ran.stdout
+
+
+@pytest.mark.slow
+def test_many_chats_are_measured_batched_and_one_by_one(tmp_path: Path) -> None:
+    file = tmp_path / "serving.json"
+    result = serving.run(quick=True, directory=tmp_path, progress=quiet)
+    file.write_text(result.to_json())
+    assert set(json.loads(file.read_text())["figures"]) == {
+        f"serving_{place}{what}_{manner}"
+        for place in ("", "grpc_")
+        for what in (
+            "batched_vs_one_by_one", "batched_vs_one_by_one_cpu", "token_p50_ms", "token_p99_ms", "first_token_p50_ms",
+        )
+        for manner in ("dense", "top32")
+    }  # fmt: skip
+    assert [row["contender"] for row in result.rows] == ["one-by-one", "batched"] * 2 + [
+        "grpc-one-by-one", "grpc-batched",
+    ] * 2  # fmt: skip
+    assert all(row["tokens_per_s"] > 0 for row in result.rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
+import httpx2
 import openai
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,9 +20,11 @@ from memory_service.auth import TokenFile
 from memory_service.types import Role
 from model_worker import reference
 from model_worker.api.keys import Keys
-from model_worker.api.server import Addresses, Server, running
+from model_worker.api.limits import Limits
+from model_worker.api.process import running
+from model_worker.api.server import Addresses, Server
 from model_worker.api.tenants import Tenants
-from model_worker.api.worker import Limits, Worker
+from model_worker.api.worker import Worker
 from model_worker.cli.opening import load_tokenizer
 from model_worker.fitting import spec_of
 from model_worker.model import FotModel
@@ -79,14 +81,21 @@ class Place:
         """Metadata of a call."""
         return (("authorization", f"Bearer {self.keys.get(tenant, tenant)}"),)
 
-    def http(self, method: str, path: str, tenant: str = "north", **given: Any) -> httpx.Response:
+    def http(self, method: str, path: str, tenant: str = "north", **given: Any) -> httpx2.Response:
         """A bare request with a key."""
         headers = {"authorization": f"Bearer {self.keys.get(tenant, tenant)}"}
         return self.web.request(method, self.url + path, headers=headers, timeout=30, **given)
 
     @cached_property
-    def web(self) -> httpx.Client:
-        return httpx.Client()
+    def web(self) -> httpx2.Client:
+        return httpx2.Client()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.channel.close()
+        self.web.close()
+        for client in self.clients.values():
+            client.close()
 
     def create(self, collection: str, tenant: str = "north") -> None:
         """A collection, by gRPC."""
@@ -141,13 +150,15 @@ def placed(
         accepted = Keys(api_keys.path, directory / "memory-tokens")
         own = closing.enter_context(Memory.open(":memory:", spec=spec_of(base, fot)))
         model = closing.enter_context(FotModel(base, fot, own))
+        tenants = Tenants(target, accepted)
+        closing.callback(tenants.close)  # After the batcher has closed its sessions there.
         batcher = closing.enter_context(Batcher(model, tokenizer))
-        worker = Worker("tiny", model, tokenizer, batcher, Tenants(target, accepted), limits)
+        worker = Worker("tiny", model, tokenizer, batcher, tenants, limits)
         closing.callback(worker.close)
         addresses = Addresses("127.0.0.1:0", "127.0.0.1:0", drain_grace_s=1.0)
         server = closing.enter_context(running(worker, accepted, addresses))
         place = Place(server, worker, target, keys, memory_tokens)
-        closing.callback(lambda: place.channel.close())
+        closing.callback(place.close)
         yield place
 
 
