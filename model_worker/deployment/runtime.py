@@ -1,7 +1,7 @@
 """This process's place in a Ray cluster: joined by its address, or a small one of this machine for as long as a call.
 
 Whoever can reach a Ray cluster can run code on it, so a cluster started here takes a token that nobody else knows. One
-that is joined says itself what it takes: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or the token's file, as Ray reads them.
+that is joined says itself what it takes; Ray reads RAY_AUTH_MODE and RAY_AUTH_TOKEN, or the token's file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -97,11 +98,9 @@ def leave() -> None:
 
 def member() -> bool:
     """Whether this process belongs to a cluster."""
-    if find_spec("ray") is None:
-        return False
-    import ray
-
-    return bool(ray.is_initialized())
+    # Whoever has not imported Ray, which takes a second, is in no cluster.
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 @contextmanager
