@@ -40,7 +40,7 @@ from model_worker.cli.progress import Progress
 from model_worker.corpus import BadBytes, Choice, Columns, Format, Notes, corpus_bytes, places, read
 
 if TYPE_CHECKING:
-    from model_worker.ingest import IngestReport
+    from model_worker.intake import IngestReport
 
 
 def ingest(
@@ -106,7 +106,7 @@ def ingest(
     # Transformers takes seconds to import; a wrong path should not.
     from model_worker.encoding import Encoder
     from model_worker.ingest import ingest as run
-    from model_worker.ingest import settings_of
+    from model_worker.intake import settings_of
 
     with ExitStack() as opened:
         tokenizer = load_tokenizer(model)
