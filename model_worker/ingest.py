@@ -56,8 +56,19 @@ def ingest(
     check_spec(memory.spec, encoder.spec)
     intake = Intake(memory, tokenizer, settings, special_tokens, replace)
     ledger = Ledger(notes or Notes(), on_progress)
+
+    def wanted() -> Iterator[Verdict]:
+        for verdict in map(intake.decide, sources):
+            ledger.took(verdict)
+            if verdict.token_ids is not None:
+                yield verdict
+            else:
+                ledger.tell()
+
     try:
-        store(map(intake.decide, sources), encoder, memory, ledger)
+        for verdict in store(wanted(), encoder, memory, ledger.stored):
+            ledger.count("bytes_read", verdict.size)
+            ledger.tell()
         if belongs is not None:
             ledger.prune(memory, belongs)
     finally:
@@ -66,45 +77,32 @@ def ingest(
 
 
 def store(
-    verdicts: Iterable[Verdict], encoder: Encodes, memory: Memory, ledger: Ledger, request: str | None = None
-) -> None:
-    """Encode and put the documents that are to be; count all of them.
+    verdicts: Iterable[Verdict],
+    encoder: Encodes,
+    memory: Memory,
+    stored: Callable[[Verdict], None],
+    request: str | None = None,
+) -> Iterator[Verdict]:
+    """Encode and put documents; yields each that is on its way, `stored` hears from other threads of those that are.
 
-    `request` names the run: whoever stores a document twice in one run, as after a lost answer, commits it once.
+    `request` names the run: what is put twice in one run, as after an answer was lost, is committed once.
+    Raises what the encoder and `Memory.put` raise.
     """
+    encoding: deque[Verdict] = deque()
+    sent: dict[str, Verdict] = {}
+    with Uploads(memory, lambda document: stored(sent.pop(document.id))) as uploads:
 
-    def stored(document: Outgoing) -> None:
-        ledger.count(Fate.REPLACED if document.replace else Fate.ADDED, 1)
-        ledger.count("tokens", len(document.token_ids))
+        def token_ids() -> Iterator[Tensor]:
+            for verdict in verdicts:
+                uploads.check()
+                assert verdict.token_ids is not None
+                encoding.append(verdict)
+                yield verdict.token_ids
 
-    waiting: deque[Verdict] = deque()
-    with Uploads(memory, stored) as uploads:
-        for encoded in encoder.encode(_wanted(verdicts, waiting, ledger, uploads.check)):
-            one = waiting.popleft()
-            ledger.count("bytes_read", one.size)
-            uploads.put(
-                Outgoing(
-                    one.id, encoded.keys, encoded.values, encoded.token_ids, one.metadata, one.fate is Fate.REPLACED,
-                    None if request is None else f"{request}-{one.digest}",
-                )
-            )  # fmt: skip
-            ledger.tell()
-
-
-def _wanted(
-    verdicts: Iterable[Verdict], waiting: deque[Verdict], ledger: Ledger, check: Callable[[], None]
-) -> Iterator[Tensor]:
-    """Token ids of the documents to be encoded, which then wait for their keys and values in this order."""
-    for one in verdicts:
-        check()
-        if one.note is not None:
-            ledger.note(one.note)
-            continue
-        ledger.saw(one.id)
-        if one.token_ids is None:
-            ledger.count(one.fate, 1)
-            ledger.count("bytes_read", one.size)
-            ledger.tell()
-            continue
-        waiting.append(one)
-        yield one.token_ids
+        for encoded in encoder.encode(token_ids()):
+            one = encoding.popleft()
+            sent[one.id] = one
+            request_id = None if request is None else f"{request}-{one.digest}"
+            keys, values, replaced = encoded.keys, encoded.values, one.fate is Fate.REPLACED
+            uploads.put(Outgoing(one.id, keys, values, encoded.token_ids, one.metadata, replaced, request_id))
+            yield one

@@ -149,6 +149,22 @@ class Ledger:
             self._seen.add(document)
             return len(self._seen) > before
 
+    def took(self, verdict: Verdict) -> None:
+        """Take down what was decided of a document; one to be encoded counts when it is `stored`."""
+        if verdict.note is not None:
+            self.note(verdict.note)
+            return
+        self.saw(verdict.id)
+        if verdict.token_ids is None:
+            self.count(verdict.fate, 1)
+            self.count("bytes_read", verdict.size)
+
+    def stored(self, verdict: Verdict) -> None:
+        """Count a document that is durable."""
+        assert verdict.token_ids is not None
+        self.count(verdict.fate, 1)
+        self.count("tokens", len(verdict.token_ids))
+
     def note(self, note: Note) -> None:
         """Take down what was left out."""
         with self._lock:
