@@ -1,9 +1,10 @@
-"""A corpus into a memory: documents are tokenised, encoded and stored, each once; a second run goes on where one ended."""
+"""A corpus into a memory: documents are tokenised, encoded and stored, each once; a second run goes on from there."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from memory_service import DocumentInfo, Memory, MemorySpec
 from memory_service.types import Scalar
 from model_worker.corpus import Notes, Source
-from model_worker.encoding import Encoded
+from model_worker.encoding import Encoded, Encoder
 from model_worker.fitting import check_spec
 from model_worker.intake import Fate, IngestReport, Intake, Ledger, Verdict
 from model_worker.uploads import Outgoing, Uploads
@@ -27,6 +28,15 @@ class Encodes(Protocol):
     def spec(self) -> MemorySpec: ...
 
     def encode(self, documents: Iterable[Sequence[int] | Tensor]) -> Iterator[Encoded]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an ingest works with."""
+
+    encoder: Encoder
+    tokenizer: PreTrainedTokenizerBase | None
+    memory: Memory
 
 
 def ingest(

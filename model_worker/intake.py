@@ -1,4 +1,4 @@
-"""What becomes of a document that was found: whether a memory holds it as it would be stored now, and what a run counts.
+"""What becomes of a document that was found: whether a memory holds it as it would be stored now; and a run's counts.
 
 What a stored document was made of stands in its metadata: `fot.sha256` of its content, `fot.tokenizer` and the settings
 of the encoder. A document whose stored metadata are what would be stored now is current, and is not encoded again.

@@ -25,6 +25,7 @@ class Progress:
         from model_worker.intake import IngestReport
 
         self.report: IngestReport = IngestReport()
+        self.begun = False  # Whether the ingest has said anything.
         self._total = total_bytes
         self._tokens = 0  # Encoded, of which some are still on their way into the memory.
         self._begun = self._said = time.monotonic()
@@ -45,7 +46,7 @@ class Progress:
 
     def reached(self, report: IngestReport) -> None:
         """The ingest is so far."""
-        self.report = report
+        self.report, self.begun = report, True
         self._show()
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,13 +27,10 @@ from model_worker.corpus.files import Found, find
 from model_worker.corpus.reader import ROWS, read, twice
 from model_worker.deployment.pool import Crew, Pool, Tell
 from model_worker.deployment.runtime import Cluster
-from model_worker.encoding import Encoded, Encoder
+from model_worker.encoding import Encoded
 from model_worker.fitting import check_spec
-from model_worker.ingest import store
-from model_worker.intake import Fate, IngestReport, Intake, Ledger, Verdict, settings_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from model_worker.ingest import Parts, store
+from model_worker.intake import Fate, IngestReport, Intake, Ledger, settings_of
 
 # Of a batch: some blocks of windows, so that windows of one length meet; and few enough that none is long done again.
 BATCH_BYTES = 64 << 10
@@ -69,16 +65,7 @@ class Batch:
         return f"the {len(names)} documents from {names[0]!r} to {names[-1]!r}"
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a worker works with; opened in its process and closed with it."""
-
-    encoder: Encoder
-    tokenizer: PreTrainedTokenizerBase | None
-    memory: Memory
-
-
-OpenParts = Callable[[Callable[[int], None]], Parts]  # Given who hears of encoded tokens.
+OpenParts = Callable[[Callable[[int], None]], Parts]  # In a worker's process; given who hears of encoded tokens.
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +183,9 @@ class IngestWorker:
         found = tuple((one.id, one.fate, one.size, tokens) for one, tokens in zip(there, sizes, strict=True))
         tell(_Decided(found, tuple(notes)))
         wanted = [one for one in there if one.token_ids is not None]
-        for _ in store(wanted, _InTurn(self, tell), self._parts.memory, lambda one: tell(_Stored(one.id)), self._request):
+        for _ in store(
+            wanted, _InTurn(self, tell), self._parts.memory, lambda one: tell(_Stored(one.id)), self._request
+        ):
             pass
 
     def encode(self, documents: Iterable[Sequence[int] | Tensor], tell: Tell) -> Iterator[Encoded]:

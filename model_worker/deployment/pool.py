@@ -12,8 +12,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
@@ -215,11 +216,14 @@ class Pool(Generic[Task, Answer]):
         return []
 
     def _heard(self, place: _Place, stream: Any) -> list[_Event]:
-        kind, what = ray.get(next(stream))
+        job = place.jobs[stream]
+        said = ray.get(next(stream))
+        kind, what = said[-1]
         if kind == "failed":
             raise what
-        job = place.jobs[stream] if kind == "told" else place.jobs.pop(stream)
-        return [_Event(job, kind, what)]
+        if kind == "done":
+            del place.jobs[stream]
+        return [_Event(job, *one) for one in said]
 
     def _lost(self, place: _Place, error: Exception) -> list[_Event]:
         """A worker died, or nobody can tell: it is ended, and what it had is done again."""
@@ -287,16 +291,20 @@ class _Actor:
             return error
         return None
 
-    def work(self, task: Any) -> Iterator[tuple[str, Any]]:
-        """What the worker tells, as it tells it, and its answer or its error last."""
-        said: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        Thread(target=self._work, args=(task, said), daemon=True).start()
+    def work(self, task: Any) -> Iterator[list[tuple[str, Any]]]:
+        """What the worker tells, as it tells it, and its answer or error last; what comes together goes together."""
+        queue: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        Thread(target=self._work, args=(task, queue), daemon=True).start()
         kind = "told"
         while kind == "told":
-            kind, what = said.get()
+            said = [queue.get()]
+            with suppress(Empty):
+                while said[-1][0] == "told":
+                    said.append(queue.get_nowait())
+            kind, what = said[-1]
             if kind == "broken":
                 raise what
-            yield kind, what
+            yield said
 
     def _work(self, task: Any, said: SimpleQueue[tuple[str, Any]]) -> None:
         assert self._worker is not None
