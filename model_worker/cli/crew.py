@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from model_worker.deployment.pool import Crew
     from model_worker.deployment.runtime import Cluster
 
-_PANEL = "On a Ray cluster"
+PANEL = "On a Ray cluster"
 
-OnRay = Annotated[bool, typer.Option("--ray", help="Let workers on a Ray cluster do it.", rich_help_panel=_PANEL)]
+OnRay = Annotated[bool, typer.Option("--ray", help="Let workers on a Ray cluster do it.", rich_help_panel=PANEL)]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -26,7 +26,7 @@ Address = Annotated[
         metavar="HOST:PORT",
         help="The cluster's head, or auto for the one of this machine. By default RAY_ADDRESS, else a Ray of this "
         "machine for as long as the command runs.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 Workers = Annotated[
@@ -35,22 +35,22 @@ Workers = Annotated[
         "--workers",
         metavar="MIN-MAX",
         help="How many, such as 4 or 2-8; by default 1 to as many as the cluster holds.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 CpusPerWorker = Annotated[
-    float | None, typer.Option("--cpus-per-worker", help="By default 1; also its threads.", rich_help_panel=_PANEL)
+    float | None, typer.Option("--cpus-per-worker", help="By default 1; also its threads.", rich_help_panel=PANEL)
 ]
 GpusPerWorker = Annotated[
     float | None,
-    typer.Option("--gpus-per-worker", help="By default 0; 0.5 lets two share a GPU.", rich_help_panel=_PANEL),
+    typer.Option("--gpus-per-worker", help="By default 0; 0.5 lets two share a GPU.", rich_help_panel=PANEL),
 ]
 WorkersRead = Annotated[
     bool,
     typer.Option(
         "--workers-read",
         help="Let workers read files of text themselves, where all nodes see the same files at the same paths.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 
@@ -69,6 +69,12 @@ def check_shared(target: str) -> None:
             f"the workers of a cluster cannot share the memory {target!r}, which lives in one process: serve it with "
             "`fot serve` or `fot up` and name it with --memory grpc://host:port or ray://name"
         )
+
+
+def check_own_or_shared(target: str) -> None:
+    """Raise InvalidArgument for a directory: every worker may have a memory of its own, or all the same service."""
+    if target != IN_MEMORY:
+        check_shared(target)
 
 
 def address_of(address: str | None, target: str = IN_MEMORY) -> str | None:

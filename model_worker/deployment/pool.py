@@ -66,6 +66,10 @@ class Crew:
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
 
+    def told(self, cluster: Cluster) -> dict[str, Any]:
+        """For a report."""
+        return {"nodes": cluster.nodes, "workers": [self.least, self.most], "cpus": self.cpus, "gpus": self.gpus}
+
     @property
     def threads(self) -> int:
         """Threads that a worker's model may use."""
