@@ -29,8 +29,8 @@ AT_ONCE = 2  # Tasks of a worker.
 ATTEMPTS = 4  # Of a task whose workers die: maybe it kills them.
 STARTS = 4  # Of workers in a row that die before they are open.
 IDLE_S = 10.0  # Then a worker beyond the least goes.
-PLACE_S = 600.0  # To wait for the first worker's place: a cluster may have to start a machine.
-_SAY_S = 30.0  # Then it is said that a worker waits.
+OPEN_S = 900.0  # To wait for the first worker: a cluster may have to start a machine, and a model takes a while.
+_SAY_S = 60.0  # Then it is said that none is open.
 _TURN_S = 1.0
 _TOLD = (FotError, OSError)
 
@@ -245,12 +245,12 @@ class Pool(Generic[Task, Answer]):
         waited_s = time.monotonic() - self._begun
         if self._ever or waited_s < _SAY_S:
             return
-        words = f"no node of the cluster has had {self._crew} free for a worker, for {waited_s:.0f} s"
-        if waited_s > PLACE_S:
+        words = f"no worker is open after {waited_s:.0f} s; each needs {self._crew} that are free on a node"
+        if waited_s > OPEN_S:
             raise Unavailable(words)
         if not self._said:
             self._said = True
-            logging.getLogger(__name__).warning("%s; waiting", words)
+            logging.getLogger(__name__).warning("%s", words)
 
 
 class _Backlog:

@@ -147,7 +147,7 @@ def _init(address: str, namespace: str, **told: Any) -> None:
     # What a warning of Ray's about idle GPUs asks for; ours name the GPUs they want.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
-    from ray.exceptions import AuthenticationError, RayError
+    from ray.exceptions import AuthenticationError
 
     here = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if here else None
@@ -159,7 +159,7 @@ def _init(address: str, namespace: str, **told: Any) -> None:
         raise Unavailable(f"no Ray cluster answers at {address}: {_first(error)}") from None
     except ValueError as error:
         raise InvalidArgument(f"no Ray cluster can be joined at {address}: {_first(error)}") from None
-    except (RayError, RuntimeError) as error:
+    except Exception as error:  # Ray raises many kinds, plain Exception among them.
         raise Unavailable(f"the Ray cluster at {address} cannot be joined: {_first(error)}") from None
     finally:
         if before is not None:
