@@ -26,7 +26,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     from model_worker.cli import evaluate, passkey, train
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
-    from model_worker.cli.bench import decode, prefill
+    from model_worker.cli.bench import decode, ingest_ray, prefill
     from model_worker.cli.generate import generate
     from model_worker.cli.ingest import ingest
 
@@ -38,6 +38,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
         room.register(app)
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
+    bench.command("ingest-ray")(needs_worker(ingest_ray))
 
 
 def needs_worker(command: Callable[P, Answer]) -> Callable[P, Answer]:

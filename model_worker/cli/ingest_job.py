@@ -119,8 +119,10 @@ class Job:
 
     def run_on_ray(self, crew: OnCluster, progress: Progress) -> tuple[IngestReport, MemoryInfo]:
         """By workers on a cluster: what was done, and the memory after it."""
+        from model_worker.deployment.runtime import connect, need_ray
+
+        need_ray()
         from model_worker.deployment.ingest import Corpus, IngestWorker, batches_of, ingest
-        from model_worker.deployment.runtime import connect
 
         given = self.opening
         opening = replace(

@@ -92,10 +92,15 @@ class _Encoded:
 
 def batches_of(corpus: Corpus, note: Callable[[Note], None]) -> Iterator[Batch]:
     """The corpus in batches, drawn as they are needed. Raises as `read`."""
+    return in_batches(_items(corpus, note))
+
+
+def in_batches(items: Iterable[Source | Found]) -> Iterator[Batch]:
+    """Documents, and files of text to be read by workers, in batches."""
     sources: list[Source] = []
     files: list[Found] = []
     number = size = 0
-    for one in _items(corpus, note):
+    for one in items:
         if isinstance(one, Source):
             sources.append(one)
             size += max(one.size, len(one.text or ""), 4 * len(one.token_ids or ()))
@@ -129,27 +134,37 @@ def ingest(
     with Pool(make, crew, cluster) as pool:
         pool.wait()
         ledger = Ledger(notes or Notes(), on_progress)
-        accounts: dict[int, _Account] = {}
-
-        def heard(batch: Batch, what: object) -> None:
-            if isinstance(what, _Encoded):
-                on_tokens(what.tokens)
-            elif isinstance(what, _Stored):
-                accounts[batch.number].stored(what.id)
-            elif isinstance(what, _Decided):
-                if batch.number not in accounts:
-                    accounts[batch.number] = _Account(ledger, what)
-                accounts[batch.number].found(what)
-            ledger.tell()
-
         try:
-            for batch, _ in pool.run(batches, heard):
-                del accounts[batch.number]
+            fill(pool, batches, ledger, on_tokens)
             if belongs is not None:
                 ledger.prune(memory(), belongs)
         finally:
             ledger.tell()
     return ledger.report()
+
+
+def fill(
+    pool: Pool[Batch, None],
+    batches: Iterable[Batch],
+    ledger: Ledger,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Let the pool's workers store all batches; what they tell goes into the books. Raises as `Pool.run`."""
+    accounts: dict[int, _Account] = {}
+
+    def heard(batch: Batch, what: object) -> None:
+        if isinstance(what, _Encoded):
+            on_tokens(what.tokens)
+        elif isinstance(what, _Stored):
+            accounts[batch.number].stored(what.id)
+        elif isinstance(what, _Decided):
+            if batch.number not in accounts:
+                accounts[batch.number] = _Account(ledger, what)
+            accounts[batch.number].found(what)
+        ledger.tell()
+
+    for batch, _ in pool.run(batches, heard):
+        del accounts[batch.number]
 
 
 class IngestWorker:

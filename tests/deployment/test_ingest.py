@@ -146,9 +146,8 @@ def test_every_document_is_stored_once_though_a_worker_and_a_node_are_killed(
     assert counts(report) == counts(expected[0])
     assert documents(opened) == expected[1]
     with opened.memory() as memory:
-        assert sorted(one.generation for one in memory.documents()) == list(
-            range(1, FILES + 3)
-        )  # None committed twice.
+        # A memory counts its commits: none was made twice.
+        assert sorted(one.generation for one in memory.documents()) == list(range(1, FILES + 3))
 
 
 def workers(nodes: RayNodes) -> list[psutil.Process]:

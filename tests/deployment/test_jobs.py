@@ -184,7 +184,7 @@ def test_a_task_that_kills_its_workers_is_told_as_such(ray_cluster: RayNodes) ->
 def test_what_is_wrong_with_a_cluster_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidArgument, match="host:port of its head"):
         runtime._dial("head")
-    with pytest.raises(Unavailable, match="no Ray cluster answers at 127.0.0.1:1"):
+    with pytest.raises(Unavailable, match="no Ray cluster answers at"):
         runtime._dial("127.0.0.1:1")
     monkeypatch.setattr(runtime, "find_spec", lambda _: None)
     with pytest.raises(FailedPrecondition, match=r"pip install 'fot-memory\[ray\]'"):
