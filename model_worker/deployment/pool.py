@@ -26,8 +26,8 @@ from memory_service.errors import FailedPrecondition, FotError, Internal, Invali
 from model_worker.deployment.runtime import Cluster
 
 AT_ONCE = 2  # Tasks of a worker.
-ATTEMPTS = 4  # Of a task whose workers die: maybe it kills them.
-STARTS = 4  # Of workers in a row that die before they are open.
+ATTEMPTS = 3  # Of a task whose workers die: maybe it kills them.
+STARTS = 3  # Of workers in a row that die before they are open.
 IDLE_S = 10.0  # Then a worker beyond the least goes.
 OPEN_S = 900.0  # To wait for the first worker: a cluster may have to start a machine, and a model takes a while.
 _SAY_S = 60.0  # Then it is said that none is open.

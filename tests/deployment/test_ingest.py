@@ -73,7 +73,7 @@ def run(
     batches = batches_of(Corpus((folder,), Choice(), Reading(), workers_read=workers_read), notes)
     with connect() as cluster:
         return ingest(
-            batches, make, crew or Crew(1, 2, cpus=0.5), cluster, memory=opened.memory, notes=notes,
+            batches, make, crew or Crew(cpus=0.5), cluster, memory=opened.memory, notes=notes,
             belongs=(lambda _: True) if belongs else None, on_progress=on_progress or (lambda _: None),  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -116,11 +116,9 @@ def test_workers_report_and_store_what_one_process_does(
     ray_cluster: RayNodes, corpus: Path, model: Path, target: str, expected: Expected, workers_read: bool
 ) -> None:
     opened = opening(model, target, f"workers-{workers_read}")
-    report = run(corpus, opened, workers_read=workers_read)
+    report = run(corpus, opened, crew=Crew(1, 2, cpus=0.5), workers_read=workers_read)
     assert counts(report) == counts(expected[0])
     assert documents(opened) == expected[1]
-    again = run(corpus, opened, workers_read=workers_read, belongs=True)
-    assert (again.unchanged, again.stored, again.removed) == (FILES + 2, 0, 0)
 
 
 def test_every_document_is_stored_once_though_a_worker_and_a_node_are_killed(
@@ -154,6 +152,7 @@ def workers(nodes: RayNodes) -> list[psutil.Process]:
     return [one for one in nodes.processes if one.name().startswith("ray::_Actor")]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_gone_on_from(
     ray_cluster: RayNodes, corpus: Path, model: Path, target: str, expected: Expected
 ) -> None:
@@ -181,16 +180,28 @@ def test_a_killed_driver_is_gone_on_from(
     assert documents(opened) == expected[1]
 
 
+def test_a_second_run_stores_nothing_and_prunes_what_is_gone(
+    ray_cluster: RayNodes, tmp_path: Path, model: Path, target: str
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("kept.txt", "gone.txt"):
+        (folder / name).write_text(f"This is {name}.")
+    opened = opening(model, target, "second")
+    assert plain(folder, opened).added == 2
+    (folder / "gone.txt").unlink()
+    report = run(folder, opened, belongs=True)
+    assert (report.unchanged, report.stored, report.removed) == (1, 0, 1)
+
+
 def test_what_is_not_ours_is_refused_as_by_one_process(
-    ray_cluster: RayNodes, tmp_path: Path, corpus: Path, model: Path, target: str, expected: Expected
+    ray_cluster: RayNodes, tmp_path: Path, model: Path, target: str, expected: Expected
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "000.txt").write_text("A text of the same name.")
     with pytest.raises(AlreadyExists, match="from texts, not from other"):
         run(other, opening(model, target, "plain"))
-    with pytest.raises(InvalidArgument, match="no checkpoint"):
-        run(corpus, opening(tmp_path, target, "plain"))
 
 
 def test_a_limit_contradicts_workers_that_read() -> None:
