@@ -57,7 +57,9 @@ def train(
     config = replace(config, out=Path(os.path.abspath(config.out)))  # noqa: PTH100 - links keep their names
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
     each = {"CPU": crew.cpus} | ({"GPU": crew.gpus} if crew.gpus else {})
-    with tempfile.TemporaryDirectory(prefix="fot-train-") as folder:
+    config.out.mkdir(parents=True, exist_ok=True)
+    # Beside our files, for Ray Train wants to see it on every node too.
+    with tempfile.TemporaryDirectory(prefix=".ray-", dir=config.out) as folder:
         trainer = TorchTrainer(
             _process,
             train_loop_config={"told": _Told(config, resume, mailbox)},

@@ -122,7 +122,7 @@ class Steps:
 
 
 # Ray Train copies the context of Ray Data, whose own deprecations warn when they are copied.
-@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.* deprecated:DeprecationWarning")
 def test_one_process_of_ray_train_trains_the_same_model(ray_cluster: RayNodes, tmp_path: Path) -> None:
     alone = train_here(small(tmp_path / "alone", threads=1))
     steps = Steps()
@@ -136,7 +136,7 @@ def test_one_process_of_ray_train_trains_the_same_model(ray_cluster: RayNodes, t
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.* deprecated:DeprecationWarning")
 def test_two_processes_stop_when_asked_and_go_on(ray_cluster: RayNodes, tmp_path: Path) -> None:
     told = small(tmp_path / "ray", threads=1, steps=400)
     steps = Steps(most=3)
