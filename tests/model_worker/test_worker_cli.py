@@ -286,7 +286,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         yield Source("a", "text")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model_worker.cli.ingest.read", interrupted)
+    monkeypatch.setattr("model_worker.cli.ingest_job.read", interrupted)
     done = fot("ingest", corpus, "--model", model, "--memory", tmp_path / "memory")
     assert (done.code, done.out) == (130, "")
     assert "the same command goes on from there" in done.err
