@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from model_worker.encoding import Encoded, Encoder
     from model_worker.errors import InputTooLong, UnsupportedModel
     from model_worker.fitting import spec_of
-    from model_worker.ingest import IngestReport
+    from model_worker.intake import IngestReport
     from model_worker.model import FotModel
     from model_worker.positions.cream import Cream, Pose, RandomPositions
     from model_worker.positions.scaling import Scaling, scaled_config
@@ -43,7 +43,7 @@ _HOMES = {
     "Encoder": "encoding",
     "FotConfig": "settings",
     "FotModel": "model",
-    "IngestReport": "ingest",
+    "IngestReport": "intake",
     "InputTooLong": "errors",
     "LogitScaling": "settings",
     "MemoryPosition": "settings",

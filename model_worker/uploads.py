@@ -28,6 +28,7 @@ class Outgoing:
     token_ids: Tensor  # [T]
     metadata: Mapping[str, Scalar]
     replace: bool
+    request_id: str | None = None  # The same one commits once, however often it is sent; None: a new one.
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +103,7 @@ class Uploads:
                 token_ids=document.token_ids,
                 metadata=document.metadata,
                 replace=document.replace,
+                request_id=document.request_id,
             )
         except AlreadyExists:
             # Somebody else runs the same ingest, or the answer to an earlier attempt was lost.

@@ -13,7 +13,8 @@ from memory_service.types import Scalar, check_document_id
 from model_worker.corpus import Source
 from model_worker.corpus.source import fitting
 from model_worker.encoding import Encoder
-from model_worker.ingest import IngestReport, ingest, settings_of
+from model_worker.ingest import ingest
+from model_worker.intake import IngestReport, settings_of
 from model_worker.model import FotModel
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     from model_worker.cli.api import api
     from model_worker.cli.ask import ask
     from model_worker.cli.attention import attention
-    from model_worker.cli.bench import decode, prefill, serving
+    from model_worker.cli.bench import decode, ingest_ray, prefill, serving
     from model_worker.cli.generate import generate
     from model_worker.cli.ingest import ingest
 
@@ -42,6 +42,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
     bench.command("prefill")(needs_worker(prefill))
     bench.command("decode")(needs_worker(decode))
     bench.command("serving")(needs_worker(serving))
+    bench.command("ingest-ray")(needs_worker(ingest_ray))
 
 
 def needs_worker(

@@ -1,4 +1,4 @@
-"""`fot bench prefill|decode|serving`: measure a model with a memory, the environment saved beside the numbers."""
+"""`fot bench prefill|decode|serving|ingest-ray`: measure a model with a memory, the environment saved beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from memory_service.errors import InvalidArgument
 from memory_service.types import DType
+from model_worker.cli.crew import Address
 
 if TYPE_CHECKING:
     from memory_service.bench.harness import Result
@@ -103,6 +104,32 @@ def serving(
         rounds=rounds or bench.ROUNDS,
         model=model,
         directory=directory,
+        quick=quick,
+    )
+    _finish(result, bench.render, json)
+
+
+def ingest_ray(
+    documents: Annotated[int | None, typer.Option(min=1, help="How many are ingested in a turn.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of each document.")] = None,
+    rounds: Rounds = None,
+    directory: Directory = None,
+    address: Address = None,
+    quick: Quick = False,
+    json: JsonFile = None,
+) -> None:
+    """Ingest by 1 and 2 workers on Ray, against the plain loop, a thread each; some minutes on two free cores."""
+    from model_worker.deployment import runtime
+
+    runtime.need_ray()
+    from model_worker.deployment import bench
+
+    result = bench.run(
+        documents=documents or bench.DOCUMENTS,
+        tokens=tokens or bench.TOKENS,
+        rounds=rounds or bench.ROUNDS,
+        directory=directory,
+        address=address,
         quick=quick,
     )
     _finish(result, bench.render, json)

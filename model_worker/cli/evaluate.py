@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +17,10 @@ import typer
 
 from memory_service.errors import InvalidArgument
 from model_worker.cli import evaluate_dictionary, needs_worker
+from model_worker.cli.crew import Address, CpusPerWorker, OnRay, Workers, check_alone
+from model_worker.cli.evaluate_job import COMPARING, StudyJob
 from model_worker.cli.evaluate_progress import StudyProgress
-from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet, tls_of
+from model_worker.cli.opening import IN_MEMORY, tls_of
 from model_worker.cli.options import (
     Ca,
     EngineName,
@@ -37,7 +38,6 @@ from model_worker.cli.reports import JsonFile, StudyTarget, check_files, deliver
 
 if TYPE_CHECKING:
     from model_worker.evaluation.report import Report
-    from model_worker.evaluation.subject import Settings, Subject
 
 REFERENCE, LOOKUP = "reference", "lookup"
 
@@ -67,47 +67,40 @@ class Shared:
     ca: Ca
     insecure: Insecure
 
-    def settings(self, top_k: int) -> Settings:
-        """What the model and its memory are opened with; `top_k` is the study's choice."""
+    ray: OnRay
+    address: Address
+    workers: Workers
+    cpus_per_worker: CpusPerWorker
+
+    def run(self, study: str, most: int, /, **options: Any) -> Report:
+        """The study of this name, with its own options; `most` keys of the memory are attended to, 0 for all."""
         from model_worker.evaluation.place import Place
         from model_worker.evaluation.subject import Settings
         from model_worker.settings import Recall
 
-        chosen = top_k if self.top_k is None else self.top_k
-        return Settings(
-            recall=Recall(top_k=chosen, engine=self.engine, search=search_of(self.search)),
+        check_alone(self.ray, address=self.address, workers=self.workers, cpus_per_worker=self.cpus_per_worker)
+        check_files(self.json, self.plot)
+        if len(self.model) > 1 and study not in COMPARING:
+            raise InvalidArgument("this study takes one --model; fot eval distraction compares several")
+        settings = Settings(
+            recall=Recall(top_k=most, engine=self.engine, search=search_of(self.search)),
             place=Place(self.memory, self.token_file, tls_of(self.ca, self.memory), self.insecure),
             mem_layers=layers_of(self.mem_layers),
             window=self.window,
         )
+        job = StudyJob(study, tuple(self.model), settings, self.threads, {**options, "seed": self.seed})
+        with StudyProgress(study) as tell:
+            if self.ray:
+                return job.run_on_ray(tell, self.address, self.workers, self.cpus_per_worker)
+            return job.run_here(tell)
 
-    @contextmanager
-    def subjects(self, top_k: int) -> Iterator[list[Subject]]:
-        """The models, opened; files are checked before any work."""
-        import torch
-
-        from model_worker.evaluation.subject import Subject
-
-        check_files(self.json, self.plot)
-        settings = self.settings(top_k)
-        directories = [checkpoint_of(name) for name in self.model]
-        quiet()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        with ExitStack() as stack:
-            yield [stack.enter_context(Subject.open(one, settings)) for one in directories]
-
-    @contextmanager
-    def subject(self, top_k: int) -> Iterator[Subject]:
-        """The one model. Raises InvalidArgument if more are named."""
-        if len(self.model) > 1:
-            raise InvalidArgument("this study takes one --model; fot eval distraction compares several")
-        with self.subjects(top_k) as (only,):
-            yield only
+    def top(self, usual: int) -> int:
+        """The k of the top k, as the caller or the study says."""
+        return usual if self.top_k is None else self.top_k
 
 
 _DEFAULTS: dict[str, Any] = {
-    "memory": IN_MEMORY, "top_k": None, "engine": "auto", "seed": 0, "insecure": False,
+    "memory": IN_MEMORY, "top_k": None, "engine": "auto", "seed": 0, "insecure": False, "ray": False,
 }  # fmt: skip
 
 
@@ -163,13 +156,10 @@ def needle(
     depths: Annotated[int, typer.Option(help="Stretches of depth told apart.")] = 5,
 ) -> Report:
     """Pass keys at every depth of four kinds of haystack: a grid of depth and length; about two minutes."""
-    from model_worker.evaluation import needle as job
-
-    with shared.subject(32) as subject, StudyProgress("needle") as tell:
-        return job.run(
-            subject, fillers=_words(fillers), lengths=sizes_of(lengths, "--lengths"), trials=trials, depths=depths,
-            seed=shared.seed, tell=tell,
-        )  # fmt: skip
+    return shared.run(
+        "needle", shared.top(32), fillers=_words(fillers), lengths=sizes_of(lengths, "--lengths"), trials=trials,
+        depths=depths,
+    )  # fmt: skip
 
 
 def lookup(
@@ -178,12 +168,7 @@ def lookup(
     questions: Questions = 100,
 ) -> Report:
     """UUID keys to UUID values in a JSON object (∞-Bench's Retrieve.KV), many keys over one memory; a minute."""
-    from model_worker.evaluation import lookup as job
-
-    with shared.subject(32) as subject, StudyProgress("lookup") as tell:
-        return job.run(
-            subject, lengths=sizes_of(lengths, "--lengths"), questions=questions, seed=shared.seed, tell=tell
-        )  # fmt: skip
+    return shared.run("lookup", shared.top(32), lengths=sizes_of(lengths, "--lengths"), questions=questions)
 
 
 def distraction(
@@ -193,12 +178,7 @@ def distraction(
     kinds: Annotated[str, typer.Option(help="keys, text, or both with a comma between.")] = "keys,text",
 ) -> Report:
     """Attention mass on the right document among 1 to 64 (FoT's r_d); several --model are compared; a minute each."""
-    from model_worker.evaluation import distraction as job
-
-    with shared.subjects(0) as subjects, StudyProgress("distraction") as tell:
-        return job.run(
-            subjects, documents=documents, tokens=tokens, kinds=_words(kinds), seed=shared.seed, tell=tell
-        )  # fmt: skip
+    return shared.run("distraction", shared.top(0), documents=documents, tokens=tokens, kinds=_words(kinds))
 
 
 def ruler(
@@ -208,13 +188,8 @@ def ruler(
     samples: Annotated[int, typer.Option(help="Prompts of each task and length.")] = 5,
 ) -> Report:
     """RULER's synthetic tasks: needles, variable tracking, common and frequent words; share of answers found."""
-    from model_worker.evaluation import ruler as job
-
-    with shared.subject(32) as subject, StudyProgress("ruler") as tell:
-        return job.run(
-            subject, tasks=job.TASKS if tasks is None else _words(tasks), lengths=sizes_of(lengths, "--lengths"),
-            samples=samples, seed=shared.seed, tell=tell,
-        )  # fmt: skip
+    given = {} if tasks is None else {"tasks": _words(tasks)}
+    return shared.run("ruler", shared.top(32), lengths=sizes_of(lengths, "--lengths"), samples=samples, **given)
 
 
 def perplexity(
@@ -224,12 +199,7 @@ def perplexity(
     file_tokens: Annotated[int, typer.Option("--file-tokens", help="Tokens of a file that are remembered.")] = 4096,
 ) -> Report:
     """Predicting held-out code with 0 to N earlier files in memory, its own past, and unrelated files; a minute."""
-    from model_worker.evaluation import perplexity as job
-
-    with shared.subject(0) as subject, StudyProgress("perplexity") as tell:
-        return job.run(
-            subject, most=most, pieces=pieces, file_tokens=file_tokens, seed=shared.seed, tell=tell
-        )  # fmt: skip
+    return shared.run("perplexity", shared.top(0), most=most, pieces=pieces, file_tokens=file_tokens)
 
 
 def dense(
@@ -240,13 +210,10 @@ def dense(
     questions: Questions = 32,
 ) -> Report:
     """Attention to every key against exact top-k as the memory grows: accuracy and captured mass; two minutes."""
-    from model_worker.evaluation import dense as job
-
-    with shared.subject(0) as subject, StudyProgress("dense") as tell:
-        return job.run(
-            subject, haystacks=_words(haystacks), lengths=sizes_of(lengths, "--lengths"), top_k=sizes_of(ks, "--ks"),
-            questions=questions, seed=shared.seed, tell=tell,
-        )  # fmt: skip
+    return shared.run(
+        "dense", shared.top(0), haystacks=_words(haystacks), lengths=sizes_of(lengths, "--lengths"),
+        top_k=sizes_of(ks, "--ks"), questions=questions,
+    )  # fmt: skip
 
 
 def approximation(
@@ -261,14 +228,12 @@ def approximation(
     probes: Annotated[str, typer.Option(metavar="N[,N…]", help="Lists visited of those that have some.")] = "1,4,16,64",
 ) -> Report:
     """Exact search against IVF, SQ8, PQ, RaBitQ and HNSW on the model's own keys; about three minutes."""
-    from model_worker.evaluation import approximation as job
-
-    with shared.subject(job.TOP_K) as subject, StudyProgress("approximation") as tell:
-        return job.run(
-            subject, haystacks=_words(haystacks), tokens=_size(tokens), questions=questions,
-            top_k=subject.settings.recall.top_k, factories=factories or job.FACTORIES,
-            probes=sizes_of(probes, "--probes"), seed=shared.seed, tell=tell,
-        )  # fmt: skip
+    top_k = shared.top(32)
+    given = {} if factories is None else {"factories": tuple(factories)}
+    return shared.run(
+        "approximation", top_k, haystacks=_words(haystacks), tokens=_size(tokens), questions=questions, top_k=top_k,
+        probes=sizes_of(probes, "--probes"), **given,
+    )  # fmt: skip
 
 
 # --- What they share ------------------------------------------------------------------------------------------------

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from model_worker.cli import needs_worker
+from model_worker.cli.crew import (
+    Address,
+    CpusPerWorker,
+    OnRay,
+    address_of,
+    check_alone,
+    check_own_or_shared,
+    model_of,
+    token_of,
+)
+from model_worker.cli.evaluate_job import alone
 from model_worker.cli.evaluate_progress import StudyProgress
 from model_worker.cli.opening import IN_MEMORY, checkpoint_of, quiet, tls_of
 from model_worker.cli.options import Ca, Insecure, Threads, TokenFile, sizes_of
 from model_worker.cli.reports import JsonFile, StudyTarget, check_files, deliver
+
+if TYPE_CHECKING:
+    from model_worker.evaluation.place import Place
+    from model_worker.evaluation.report import Report
+    from model_worker.evaluation.subject import Tell
 
 MODEL = "dictionary"
 
@@ -52,28 +71,45 @@ def dictionary(
     token_file: TokenFile = None,
     ca: Ca = None,
     insecure: Insecure = False,
+    ray: OnRay = False,
+    address: Address = None,
+    cpus_per_worker: CpusPerWorker = None,
 ) -> None:
     """FoT's dictionary look-up against memory size, exact and through Faiss indexes.
 
     Up to 1M tokens in a few minutes; 16M take an hour and 13 GB of RAM.
     """
-    import torch
-
     from model_worker.evaluation import dictionary as job
-    from model_worker.evaluation.dictionary_memory import PATIENCE_S, Player
+    from model_worker.evaluation.dictionary_memory import PATIENCE_S
     from model_worker.evaluation.place import Place
     from model_worker.evaluation.report import show
 
+    check_alone(ray, address=address, cpus_per_worker=cpus_per_worker)
     check_files(json, plot, plot_search)
-    directory = checkpoint_of(model)
+    checkpoint_of(model)
+    place = Place(memory, token_file, tls_of(ca, memory), insecure, PATIENCE_S)
+    options = {
+        "sizes": sizes_of(sizes, "--sizes"), "questions": questions, "engines": engine or job.ENGINES,
+        "probes": sizes_of(probes, "--probes"), "top_k": top_k, "greedy": greedy, "seed": seed,
+    }  # fmt: skip
+    with StudyProgress("dictionary") as tell:
+        if ray:
+            check_own_or_shared(memory)
+            place = replace(place, token=token_of(token_file))
+            study = partial(_study, model_of(model), place, threads, options)
+            report = alone(study, tell, address_of(address, memory), cpus_per_worker)
+        else:
+            report = _study(model, place, threads, options, tell)
+    deliver(report, json, lambda: show(report, job.COLUMNS), (plot, job.picture), (plot_search, job.search_picture))
+
+
+def _study(model: str, place: Place, threads: int | None, options: Mapping[str, Any], tell: Tell) -> Report:
+    import torch
+
+    from model_worker.evaluation import dictionary as job
+    from model_worker.evaluation.dictionary_memory import Player
+
     quiet()
     if threads is not None:
         torch.set_num_threads(threads)
-    place = Place(memory, token_file, tls_of(ca, memory), insecure, PATIENCE_S)
-    with StudyProgress("dictionary") as tell:
-        report = job.run(
-            Player.open(directory), place, sizes=sizes_of(sizes, "--sizes"),
-            questions=questions, engines=engine or job.ENGINES, probes=sizes_of(probes, "--probes"), top_k=top_k,
-            greedy=greedy, seed=seed, tell=tell,
-        )  # fmt: skip
-    deliver(report, json, lambda: show(report, job.COLUMNS), (plot, job.picture), (plot_search, job.search_picture))
+    return job.run(Player.open(checkpoint_of(model)), place, **options, tell=tell)

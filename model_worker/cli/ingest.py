@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memory_service import DocumentInfo
 from memory_service.errors import FotError, InvalidArgument
-from memory_service.types import Scalar
 from model_worker.cli.console import counted, print_json, say
-from model_worker.cli.opening import find_memory, load_model, load_tokenizer, open_memory
+from model_worker.cli.crew import (
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    OnRay,
+    Workers,
+    WorkersRead,
+    check_alone,
+    check_shared,
+)
+from model_worker.cli.ingest_job import Job, OnCluster, Opening
+from model_worker.cli.opening import checkpoint_of
 from model_worker.cli.options import (
     NAME,
     TARGET,
@@ -37,10 +43,10 @@ from model_worker.cli.options import (
     metadata_of,
 )
 from model_worker.cli.progress import Progress
-from model_worker.corpus import BadBytes, Choice, Columns, Format, Notes, corpus_bytes, places, read
+from model_worker.corpus import BadBytes, Choice, Columns, Format, Reading, corpus_bytes
 
 if TYPE_CHECKING:
-    from model_worker.ingest import IngestReport
+    from model_worker.intake import IngestReport
 
 
 def ingest(
@@ -90,6 +96,12 @@ def ingest(
     ca: Ca = None,
     insecure: Insecure = False,
     json: Json = False,
+    ray: OnRay = False,
+    address: Address = None,
+    workers: Workers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    workers_read: WorkersRead = False,
 ) -> None:
     """Encode documents and store them in a memory, which is made if there is none.
 
@@ -98,81 +110,38 @@ def ingest(
     """
     if prune and limit is not None:
         raise InvalidArgument("--prune would remove everything beyond --limit; give one of them")
+    check_alone(
+        ray, address=address, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
+        workers_read=workers_read,
+    )  # fmt: skip
+    if ray:
+        check_shared(target)
     choice = Choice(format, tuple(include or ()), tuple(exclude or ()))
     columns = Columns(text_field, tokens_field, id_field, None if fields is None else tuple(fields))
-    extra = metadata_of(metadata)
+    opening = Opening(
+        model, target, name, layers_of(mem_layers), window, overlap, mem_dtype, dtype, device, threads, token_file, ca,
+        insecure,
+    )  # fmt: skip
+    reading = Reading(columns, bad_bytes, prefix, metadata_of(metadata))
+    job = Job(paths, opening, choice, reading, limit, special_tokens, replace, prune)
     total = corpus_bytes(paths, choice)
-
-    # Transformers takes seconds to import; a wrong path should not.
-    from model_worker.encoding import Encoder
-    from model_worker.ingest import ingest as run
-    from model_worker.ingest import settings_of
-
-    with ExitStack() as opened:
-        tokenizer = load_tokenizer(model)
-        memory = find_memory(target, name, token_file, ca, insecure)
-        if memory is not None:
-            opened.enter_context(memory)
-        decoder = load_model(
-            model,
-            memory,
-            mem_layers=layers_of(mem_layers),
-            window=window,
-            mem_dtype=mem_dtype,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-        )
-        opened.enter_context(decoder)
-        progress = opened.enter_context(Progress(None if limit else total))
-        encoder = Encoder(decoder, overlap, on_block=progress.encoded)
-        if memory is None:
-            memory = opened.enter_context(open_memory(target, name, token_file, ca, insecure, encoder.spec))
-        notes = Notes()
-        sources = read(
-            paths, choice=choice, columns=columns, bad_bytes=bad_bytes, prefix=prefix, metadata=extra, note=notes
-        )
+    checkpoint_of(model)
+    crew = OnCluster(address, workers, cpus_per_worker, gpus_per_worker, workers_read)
+    with Progress(None if limit else total) as progress:
         try:
-            report = run(
-                islice(sources, limit),
-                encoder,
-                tokenizer,
-                memory,
-                settings=settings_of(encoder),
-                special_tokens=special_tokens,
-                replace=replace,
-                belongs=_belongs(paths, prefix, extra) if prune else None,
-                notes=notes,
-                on_progress=progress.reached,
-            )
+            report, made = job.run_on_ray(crew, progress) if ray else job.run_here(progress)
         except (FotError, OSError, KeyboardInterrupt):
             progress.close()
-            sys.stderr.write(
-                f"fot: stopped; what this run stored stays ({counted(progress.report.stored, 'document')}), "
-                "and the same command goes on from there\n"
-            )
+            if progress.begun:
+                sys.stderr.write(
+                    "fot: stopped; what this run stored stays "
+                    f"({counted(progress.report.stored, 'document')}), and the same command goes on from there\n"
+                )
             raise
-        made = memory.info()
     if json:
         print_json(_facts(report) | {"memory": made.name, "target": target, "memory_documents": made.documents})
         return
     _tell(report, name, made.documents)
-
-
-def _belongs(paths: Sequence[Path], prefix: str, extra: Mapping[str, Scalar]) -> Callable[[DocumentInfo], bool]:
-    """Whether a stored document came from these paths, under the same prefix and with the same metadata."""
-    root, named = places(paths)
-    wanted = {"root": root, **extra}
-
-    def belongs(document: DocumentInfo) -> bool:
-        told = document.metadata
-        return (
-            document.id.startswith(prefix)
-            and all(told.get(key) == value for key, value in wanted.items())
-            and any(place.holds(str(told.get("path"))) for place in named)
-        )
-
-    return belongs
 
 
 def _facts(report: IngestReport) -> dict[str, object]:

@@ -25,7 +25,7 @@ MEM_LAYER = 2  # Where no one says which; FoT's passkey models have their memory
 def open_memory(
     target: str,
     name: str,
-    token_file: Path | None = None,
+    token_file: str | Path | None = None,
     ca: Path | None = None,
     insecure: bool = False,
     spec: MemorySpec | None = None,
@@ -39,7 +39,7 @@ def open_memory(
 
 
 def find_memory(
-    target: str, name: str, token_file: Path | None = None, ca: Path | None = None, insecure: bool = False
+    target: str, name: str, token_file: str | Path | None = None, ca: Path | None = None, insecure: bool = False
 ) -> Memory | None:
     """`open_memory`, or None where there is none yet."""
     try:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memory_service import DType, Engine, FailedPrecondition
+from memory_service import Engine, FailedPrecondition
 from memory_service.errors import InvalidArgument
-from model_worker.cli.opening import IN_MEMORY, PATIENCE_S, checkpoint_of, load_tokenizer, quiet, tls_of
+from model_worker.cli.crew import (
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    OnRay,
+    Workers,
+    address_of,
+    check_alone,
+    check_own_or_shared,
+    crew_of,
+    device_of,
+    model_of,
+    token_of,
+)
+from model_worker.cli.opening import IN_MEMORY, checkpoint_of
 from model_worker.cli.options import (
     Ca,
     Device,
@@ -29,17 +44,17 @@ from model_worker.cli.options import (
     search_of,
     sizes_of,
 )
+from model_worker.cli.passkey_job import Opening, open_parts
+from model_worker.cli.passkey_progress import PasskeyProgress
 from model_worker.cli.reports import JsonFile, StudyTarget, check_files, deliver
 
 if TYPE_CHECKING:
-    from memory_service.client import Client
     from model_worker.evaluation.asking import Asking
+    from model_worker.evaluation.passkey import Plan
     from model_worker.evaluation.report import Report
-    from model_worker.settings import FotConfig
 
 REFERENCE = "reference"
 TOKENS, TRIALS, DEPTHS, TOP_K = 262_144, 20, 10, 32
-LONG_S = 1800.0  # Of a call to the memory: exact attention to ten million tokens may take minutes on a busy machine.
 
 
 def register(app: typer.Typer) -> None:
@@ -95,6 +110,11 @@ def passkey(
     token_file: TokenFile = None,
     ca: Ca = None,
     insecure: Insecure = False,
+    ray: OnRay = False,
+    address: Address = None,
+    workers: Workers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Find passkeys in long prompts through the memory: accuracy by length and depth, speed and size.
 
@@ -103,10 +123,8 @@ def passkey(
     if require is not None and not 0 <= require <= 1:
         raise InvalidArgument(f"--require is an accuracy from 0 to 1, got {require:g}")
     from model_worker.evaluation import passkey as job
-    from model_worker.evaluation.asking import MemoryAsker
     from model_worker.evaluation.questions import Wording
     from model_worker.tasks.fillers import Filler
-    from model_worker.tasks.tokens import tokens_of
 
     plan = job.Plan(
         lengths=sizes_of(lengths if lengths is not None else tokens, "--tokens" if lengths is None else "--lengths"),
@@ -117,29 +135,51 @@ def passkey(
         filler=_one_of(Filler, filler, "--filler"),
         seed=seed,
     )
-    asking = _asking(store, top_k, engine, search, index)
+    check_alone(ray, address=address, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
     check_files(json, plot)
-    directory = checkpoint_of(model)
-    tokenizer = tokens_of(load_tokenizer(directory))
-    with ExitStack() as opened:
-        client = opened.enter_context(_client(memory, token_file, ca, insecure))
-        base, fot = _model(directory, layers_of(mem_layers), dtype, device, threads, memory)
-        given = {
-            "mem_dtype": mem_dtype, "window": window, "last_context_length": last_context, "overlap": overlap,
-            "block_tokens": block_tokens,
-        }  # fmt: skip
-        fot = replace(fot, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-        questions = plan.questions(tokenizer, fot.last_context_length)
-        asker = MemoryAsker(base, fot, client, asking)
-        settings = {
-            "model": model, "memory": memory, **asdict(asking), "mem_layers": fot.mem_layers, "window": fot.window,
-            "last_context_length": fot.last_context_length, "overlap": fot.overlap, "mem_dtype": fot.mem_dtype,
-            "block_tokens": fot.block_tokens, "dtype": str(base.dtype).removeprefix("torch."),
-        }  # fmt: skip
-        report = _watched(plan, questions, asker, settings)
+    given = {
+        "mem_dtype": mem_dtype, "window": window, "last_context_length": last_context, "overlap": overlap,
+        "block_tokens": block_tokens,
+    }  # fmt: skip
+    opening = Opening(
+        model, memory, _asking(store, top_k, engine, search, index), layers_of(mem_layers), given, dtype, device,
+        threads, token_file, ca, insecure,
+    )  # fmt: skip
+    checkpoint_of(model)
+    with PasskeyProgress(plan.trials * len(plan.lengths), plan.tokens) as progress:
+        if ray:
+            report = _on_ray(plan, opening, progress, address, workers, cpus_per_worker, gpus_per_worker)
+        else:
+            with ExitStack() as opened:
+                parts = opening.parts(plan, opened)
+                report = job.run(plan, parts.questions, parts.asker, progress, parts.settings)
     _tell(report, json, plot)
     if require is not None:
         _check(report, require)
+
+
+def _on_ray(
+    plan: Plan,
+    opening: Opening,
+    progress: PasskeyProgress,
+    address: str | None,
+    workers: str | None,
+    cpus: float | None,
+    gpus: float | None,
+) -> Report:
+    from model_worker.deployment.runtime import connect
+
+    check_own_or_shared(opening.memory)
+    opening = replace(
+        opening, model=model_of(opening.model), token=token_of(opening.token), device=device_of(opening.device, gpus)
+    )
+    with connect(address_of(address, opening.memory)) as cluster:
+        from model_worker.deployment import trials
+
+        crew = crew_of(workers, cpus, gpus, cluster, plan.trials * len(plan.lengths))
+        make = partial(trials.PasskeyWorker, partial(open_parts, opening, plan))
+        report = trials.run(plan, make, crew, cluster, progress)
+    return replace(report, settings={**report.settings, "ray": crew.told(cluster)})
 
 
 def _asking(store: str | None, top_k: int, engine: str, search: list[str] | None, index: str) -> Asking:
@@ -157,57 +197,6 @@ def _one_of(kind: Any, word: str, option: str) -> Any:
         return kind(word)
     except ValueError:
         raise InvalidArgument(f"{option} is one of {', '.join(kind)}, got {word!r}") from None
-
-
-def _client(target: str, token_file: Path | None, ca: Path | None, insecure: bool) -> Client:
-    """The place of the memories; asked once, so that nothing is computed for one that does not answer."""
-    from memory_service.client import Client
-
-    def opened(timeout_s: float) -> Client:
-        tls = tls_of(ca, target)
-        return Client.open(target, token=token_file, tls=tls, insecure=insecure, timeout_s=timeout_s)
-
-    if target != IN_MEMORY:
-        with opened(PATIENCE_S) as asked:
-            asked.stats()
-    return opened(LONG_S)
-
-
-def _model(
-    directory: Path,
-    layers: tuple[int, ...] | None,
-    dtype: DType | None,
-    device: str | None,
-    threads: int | None,
-    memory: str,
-) -> tuple[Any, FotConfig]:
-    """The checkpoint's model, and what it says of its memory."""
-    import torch
-
-    from model_worker.fitting import config_of
-    from model_worker.hf import checkpoint
-
-    quiet()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    base, fields = checkpoint.load(directory, dtype=None if dtype is None else dtype.torch, device=device)
-    fot = config_of(base, fields)
-    if layers is not None:
-        fot = replace(fot, mem_layers=layers)
-    if not fot.mem_layers:
-        raise InvalidArgument(
-            f"{directory} does not say which of its layers have a memory, and without one nothing is remembered: "
-            "give --mem-layers"
-        )
-    return base, fot
-
-
-def _watched(plan: Any, questions: Any, asker: Any, settings: dict[str, Any]) -> Report:
-    from model_worker.cli.passkey_progress import PasskeyProgress
-    from model_worker.evaluation import passkey as job
-
-    with PasskeyProgress(plan.trials * len(plan.lengths), plan.tokens) as progress:
-        return job.run(plan, questions, asker, progress, settings)
 
 
 def _tell(report: Report, json: Path | None, plot: Path | None) -> None:

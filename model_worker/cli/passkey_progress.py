@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from model_worker.evaluation.trials import Outcome, Question
+    from model_worker.evaluation.trials import Outcome, Trial
 
 LINE_S = 10.0  # Between two lines within a trial; more as it takes long.
 
@@ -28,8 +28,9 @@ class PasskeyProgress:
         self._trials, self._tokens = trials, tokens
         self._share = Share(0, 0)
         self._done = 0  # Tokens of trials that ended.
-        self._filled = 0  # Of the trial under way.
-        self._question: Question | None = None
+        self._filled = 0  # Of the trials under way.
+        self._trial: Trial | None = None  # That begun last, or has ended.
+        self._under_way: dict[int, int] = {}  # Tokens of trials, by their numbers; on a cluster of several.
         self._speed = 0.0
         self._begun = self._said = self._began = time.monotonic()
         self._screen = _Screen(tokens) if sys.stderr.isatty() else None
@@ -45,9 +46,11 @@ class PasskeyProgress:
 
     # --- What the job tells ---
 
-    def begins(self, question: Question) -> None:
-        self._question, self._filled = question, 0
-        self._began = time.monotonic()
+    def begins(self, trial: Trial, tokens: int) -> None:
+        self._trial = trial
+        if not self._under_way:
+            self._filled, self._began = 0, time.monotonic()
+        self._under_way[trial.number] = tokens
         self._show()
 
     def fills(self, tokens: int) -> None:
@@ -62,8 +65,10 @@ class PasskeyProgress:
         from model_worker.evaluation.wilson import Share
 
         self._share += Share(int(outcome.found), 1)
-        self._done += 0 if self._question is None else self._question.tokens
-        self._filled = 0
+        self._trial = outcome.trial
+        tokens = self._under_way.pop(outcome.trial.number, 0)
+        self._done += tokens
+        self._filled = max(0, self._filled - tokens) if self._under_way else 0
         asked = outcome.asked
         self._speed = asked.tokens / asked.prefill_s if asked.prefill_s else 0.0
         result = f"found {outcome.key}" if outcome.found else f"said {outcome.said!r}, not {outcome.key}"
@@ -77,9 +82,8 @@ class PasskeyProgress:
 
     def _show(self) -> None:
         if self._screen is not None:
-            whole = 0 if self._question is None else self._question.tokens
             words = f"{self._place()} · {self._found()} · {self._speed:,.0f} tokens/s"
-            self._screen.show(words, self._done + min(self._filled, whole))
+            self._screen.show(words, self._done + min(self._filled, sum(self._under_way.values())))
 
     def _write(self, words: str) -> None:
         self._said = time.monotonic()
@@ -87,9 +91,9 @@ class PasskeyProgress:
         sys.stderr.flush()
 
     def _place(self) -> str:
-        if self._question is None:
+        trial = self._trial
+        if trial is None:
             return "no trial"
-        trial = self._question.trial
         return f"trial {trial.number + 1}/{self._trials}, {trial.tokens:,} tokens, depth {trial.depth:.0%}"
 
     def _found(self) -> str:

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from model_worker.cli.console import counted
 
 if TYPE_CHECKING:
-    from model_worker.ingest import IngestReport
+    from model_worker.intake import IngestReport
 
 LINE_S = 10.0  # Between two lines.
 
@@ -22,9 +22,10 @@ class Progress:
     """Shows documents, tokens, tokens/s and, if `total_bytes` of the corpus are known, the time left."""
 
     def __init__(self, total_bytes: int | None):
-        from model_worker.ingest import IngestReport
+        from model_worker.intake import IngestReport
 
         self.report: IngestReport = IngestReport()
+        self.begun = False  # Whether the ingest has said anything.
         self._total = total_bytes
         self._tokens = 0  # Encoded, of which some are still on their way into the memory.
         self._begun = self._said = time.monotonic()
@@ -45,7 +46,7 @@ class Progress:
 
     def reached(self, report: IngestReport) -> None:
         """The ingest is so far."""
-        self.report = report
+        self.report, self.begun = report, True
         self._show()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -16,11 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model_worker.cli.console import say
+from model_worker.cli.crew import PANEL, Address, CpusPerWorker, GpusPerWorker, OnRay, check_alone, device_of
 from model_worker.cli.opening import quiet
 
 if TYPE_CHECKING:
     from model_worker.training.config import TrainConfig
     from model_worker.training.metrics import Row
+    from model_worker.training.run import TrainResult
 
 _STOPPED = 130  # The exit status of a run that was interrupted.
 
@@ -38,28 +41,63 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default all cores.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for everything, instead of the file's.")] = None,
+    ray: OnRay = False,
+    address: Address = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train together; by default 1.", rich_help_panel=PANEL)
+    ] = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Train a model that attends to a memory: from scratch, or on from a checkpoint.
 
-    Under torchrun all its processes train together. Ctrl-C stops after the step and says how to go on.
+    Under torchrun, or with --ray, several processes train together. Ctrl-C stops after the step and says how to go on.
     """
     from model_worker.training import config as configuration
     from model_worker.training.ranks import of_torchrun
     from model_worker.training.run import train as run
 
     quiet()
+    again = _again(config, steps, threads, out)
+    if ray:
+        again += _again_on_ray(address, workers, cpus_per_worker, gpus_per_worker)
+    check_alone(ray, address=address, workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
     told = configuration.read(config, steps=steps, threads=threads, out=out)
+    if ray:
+        _tell(_on_ray(told, resume, address, workers or 1, cpus_per_worker, gpus_per_worker), told, again)
+        return
     with of_torchrun() as ranks, _stops() as stopping:
         shown = Shown(told.log_every)
         try:
             result = run(told, resume=resume, watcher=shown, stop=stopping)
         finally:
             shown.close()
-    if not ranks.first:
-        return
+    if ranks.first:
+        _tell(result, told, again)
+
+
+def _on_ray(
+    told: TrainConfig, resume: bool, address: str | None, workers: int, cpus: float | None, gpus: float | None
+) -> TrainResult:
+    from model_worker.deployment.runtime import connect
+
+    with connect(address), _stops() as stopping:
+        from model_worker.deployment.pool import Crew
+        from model_worker.deployment.training import train as run
+
+        crew = Crew(workers, workers, 1.0 if cpus is None else cpus, gpus or 0.0)
+        told = replace(told, threads=told.threads or crew.threads, device=device_of(None, gpus) or told.device)
+        shown = Shown(told.log_every)
+        try:
+            return run(told, crew, resume=resume, watcher=shown, stop=stopping)
+        finally:
+            shown.close()
+
+
+def _tell(result: TrainResult, told: TrainConfig, again: str) -> None:
     done = f"{result.steps:,} of {told.steps:,} steps, {result.tokens:,} tokens, {result.seconds / 60:,.1f} minutes"
     if not result.finished:
-        say(f"Stopped after {done}. Go on with: {_again(config, steps, threads, out)}")
+        say(f"Stopped after {done}. Go on with: {again}")
         raise typer.Exit(_STOPPED)
     say(f"Trained: {done}; level {result.level} of {len(told.levels) - 1}. The model is in {result.model}")
 
@@ -168,3 +206,8 @@ def _again(config: Path, steps: int | None, threads: int | None, out: Path | Non
     given = [("--steps", steps), ("--threads", threads), ("--out", out)]
     options = [f"{name} {value}" for name, value in given if value is not None]
     return " ".join(["fot train", str(config), *options, "--resume"])
+
+
+def _again_on_ray(address: str | None, workers: int | None, cpus: float | None, gpus: float | None) -> str:
+    given = [("--address", address), ("--workers", workers), ("--cpus-per-worker", cpus), ("--gpus-per-worker", gpus)]
+    return " ".join([" --ray", *(f"{name} {value}" for name, value in given if value is not None)])

@@ -1,7 +1,7 @@
 """Documents from text, Markdown, source code, JSONL, Parquet and saved datasets."""
 
 from model_worker.corpus.files import Choice, Format, places
-from model_worker.corpus.reader import corpus_bytes, read
+from model_worker.corpus.reader import Reading, corpus_bytes, read
 from model_worker.corpus.rows import Columns
 from model_worker.corpus.source import LeftOut, Note, Notes, NoteTaker, Source
 from model_worker.corpus.text import BadBytes
@@ -16,6 +16,7 @@ __all__ = [
     "Note",
     "NoteTaker",
     "Notes",
+    "Reading",
     "Source",
     "corpus_bytes",
     "places",

@@ -80,8 +80,8 @@ class Notes:
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Reasons, the most frequent first."""
-        return tuple(sorted(self._reasons.values(), key=lambda one: -one.times))
+        """Reasons, the most frequent first; the order in which they were met does not show."""
+        return tuple(sorted(self._reasons.values(), key=lambda one: (-one.times, one.why)))
 
 
 def fitting(metadata: Mapping[str, object]) -> tuple[dict[str, Scalar], dict[str, str]]:

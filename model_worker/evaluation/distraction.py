@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from memory_service.errors import FailedPrecondition, InvalidArgument
 from model_worker.evaluation.bootstrap import mean_of
 from model_worker.evaluation.haystacks import KEYS, Cloze, asking, cloze_of
 from model_worker.evaluation.report import Column, Report, percent
+from model_worker.evaluation.steps import Each, InTurn, Say
 from model_worker.evaluation.subject import Answer, Library, Subject, Tell
 from model_worker.tasks.corpus import Kind, Split, Text, texts
 from model_worker.tasks.labels import Labels, stated_twice
@@ -62,6 +64,7 @@ def run(
     seed: int = 0,
     found: Sequence[Text] | None = None,
     tell: Tell = lambda *_: None,
+    each: Each | None = None,
 ) -> Report:
     """Measure every model at every d; `documents` must be a power of two, `tokens` is each one's length.
 
@@ -71,28 +74,42 @@ def run(
         raise InvalidArgument(f"documents must be a power of two, so that it splits into equal sets, got {documents}")
     if not subjects or tokens < 1 or not kinds or set(kinds) - set(KINDS):
         raise InvalidArgument(f"this study needs a model, at least one token, and kinds of {', '.join(KINDS)}")
-    files = texts(Split.HELD_OUT, Kind.CODE) if found is None else found
+    each = each or InTurn(subjects, tell)
     names = _names(subjects)
+    steps = [(at, name, kind) for at, name in enumerate(names) for kind in kinds]
+    work = partial(_rows, documents=documents, tokens=tokens, seed=seed, found=found)
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
-    done = 0
-    for name, subject in zip(names, subjects, strict=True):
-        for kind in kinds:
-            tell(done, len(subjects) * len(kinds), f"{name}: {kind}")
-            done += 1
-            make = _keys if kind == "keys" else _windows
-            cases = make(subject, files, documents, tokens, Random(f"{seed} {kind}"))
-            with subject.library() as library:
-                library.put({_id(number): case.document for number, case in enumerate(cases)})
-                for size in [1 << power for power in range(documents.bit_length())]:
-                    row = {"model": name, "kind": kind, **_measure(library, cases, size, seed)}
-                    rows.append(row)
-            figures[f"r_{documents}_{kind}" + (f"_{name}" if len(subjects) > 1 else "")] = rows[-1]["r_d"]
+    for (_, name, kind), more in zip(steps, each(work, steps), strict=True):
+        rows += more
+        figures[f"r_{documents}_{kind}" + (f"_{name}" if len(subjects) > 1 else "")] = rows[-1]["r_d"]
     settings = {
         "models": [one.told() for one in subjects], "documents": documents, "tokens": tokens, "kinds": list(kinds),
         "seed": seed,
     }  # fmt: skip
     return Report("distraction", __doc__ or "", settings, rows, figures)
+
+
+def _rows(
+    subjects: Sequence[Subject],
+    step: tuple[int, str, str],
+    say: Say,
+    *,
+    documents: int,
+    tokens: int,
+    seed: int,
+    found: Sequence[Text] | None,
+) -> list[dict[str, Any]]:
+    """One model and kind, at every d."""
+    at, name, kind = step
+    say(f"{name}: {kind}")
+    files = texts(Split.HELD_OUT, Kind.CODE) if found is None else found
+    make = _keys if kind == "keys" else _windows
+    cases = make(subjects[at], files, documents, tokens, Random(f"{seed} {kind}"))
+    with subjects[at].library() as library:
+        library.put({_id(number): case.document for number, case in enumerate(cases)})
+        sizes = [1 << power for power in range(documents.bit_length())]
+        return [{"model": name, "kind": kind, **_measure(library, cases, one, seed)} for one in sizes]
 
 
 def picture(report: Report) -> Figure:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memory_service.errors import InvalidArgument
 from model_worker.evaluation.haystacks import uuid_haystack
 from model_worker.evaluation.report import Column, Report, percent
+from model_worker.evaluation.steps import Each, InTurn, Say
 from model_worker.evaluation.subject import Subject, Tell
 from model_worker.evaluation.wilson import Share
 
@@ -41,44 +43,48 @@ def run(
     questions: int = QUESTIONS,
     seed: int = 0,
     tell: Tell = lambda *_: None,
+    each: Each | None = None,
 ) -> Report:
     """Ask at most `questions` keys at each length; a short object has fewer. Raises InvalidArgument."""
     if questions < 1 or not lengths:
         raise InvalidArgument("a look-up needs at least one length and one question")
-    rows = []
-    for number, tokens in enumerate(sorted(lengths)):
-        tell(number, len(lengths), f"{tokens:,} tokens")
-        haystack = uuid_haystack(
-            subject.tokenizer, tokens, questions, Random(f"{seed} {tokens}"), subject.trained.last_context_length
-        )
-        with subject.library() as library:
-            library.put({"records": haystack.ids})
-            started = time.perf_counter()
-            answers = library.ask(haystack.questions)
-            seconds = time.perf_counter() - started
-            right = Share(sum(one.exact for one in answers), len(answers))
-            each = [token for one in answers for token in one.right]
-            rows.append(
-                {
-                    "tokens": len(haystack.ids),
-                    "records": haystack.facts,
-                    "asked": len(answers),
-                    "records_right": right.value,
-                    "low": right.low,
-                    "high": right.high,
-                    "tokens_right": sum(each) / len(each),
-                    "first_right": sum(one.right[0] for one in answers) / len(answers),
-                    "encoded_per_s": library.tokens / library.encode_s,
-                    "seconds": seconds,
-                    "length": tokens,
-                }
-            )
+    each = each or InTurn([subject], tell)
+    rows = list(each(partial(_row, questions=questions, seed=seed), sorted(lengths)))
     figures = {}
     for row in rows:
         figures[f"records_right_{row['length']}"] = row["records_right"]
         figures[f"tokens_right_{row['length']}"] = row["tokens_right"]
     settings = {**subject.told(), "lengths": list(lengths), "questions": questions, "seed": seed}
     return Report("lookup", __doc__ or "", settings, rows, figures)
+
+
+def _row(subjects: Sequence[Subject], tokens: int, say: Say, *, questions: int, seed: int) -> dict[str, Any]:
+    """One length."""
+    (subject,) = subjects
+    say(f"{tokens:,} tokens")
+    haystack = uuid_haystack(
+        subject.tokenizer, tokens, questions, Random(f"{seed} {tokens}"), subject.trained.last_context_length
+    )
+    with subject.library() as library:
+        library.put({"records": haystack.ids})
+        started = time.perf_counter()
+        answers = library.ask(haystack.questions)
+        seconds = time.perf_counter() - started
+        right = Share(sum(one.exact for one in answers), len(answers))
+        each = [token for one in answers for token in one.right]
+        return {
+            "tokens": len(haystack.ids),
+            "records": haystack.facts,
+            "asked": len(answers),
+            "records_right": right.value,
+            "low": right.low,
+            "high": right.high,
+            "tokens_right": sum(each) / len(each),
+            "first_right": sum(one.right[0] for one in answers) / len(answers),
+            "encoded_per_s": library.tokens / library.encode_s,
+            "seconds": seconds,
+            "length": tokens,
+        }
 
 
 def picture(report: Report) -> Figure:

@@ -8,6 +8,7 @@ own key, haystack and memory; depths are spread evenly over the trials, each dra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from memory_service import Engine
@@ -15,8 +16,9 @@ from memory_service.errors import InvalidArgument
 from model_worker.evaluation import passkey
 from model_worker.evaluation.asking import Asking, MemoryAsker, Store
 from model_worker.evaluation.report import Column, Report, number, percent, size
+from model_worker.evaluation.steps import Each, InTurn, Say
 from model_worker.evaluation.subject import Subject, Tell
-from model_worker.evaluation.trials import Outcome, Question
+from model_worker.evaluation.trials import Outcome, Trial
 from model_worker.evaluation.wilson import Share
 from model_worker.tasks.fillers import Filler
 
@@ -42,26 +44,15 @@ def run(
     depths: int = DEPTHS,
     seed: int = 0,
     tell: Tell = lambda *_: None,
+    each: Each | None = None,
 ) -> Report:
     """Find keys in every filler at every length. Raises InvalidArgument."""
-    recall = subject.settings.recall
-    store = Store.DOCUMENTS if recall.engine == Engine.INDEX else Store.SESSION
-    asker = MemoryAsker(
-        subject.base, subject.trained, subject.client, Asking(store, recall.top_k, recall.engine, recall.search), "eval"
-    )
     plans = [passkey.Plan(tuple(lengths), trials, depths, filler=_filler(one), seed=seed) for one in fillers]
     if not plans:
         raise InvalidArgument("this study needs at least one filler")
-    rows: list[dict[str, Any]] = []
-    watcher = _Watcher(tell, trials * len(lengths) * len(plans))
-    for plan in plans:
-        questions = plan.questions(subject.tokenizer, subject.trained.last_context_length)
-        watcher.filler = plan.filler
-        report = passkey.run(plan, questions, asker, watcher)
-        # Of every length, its depths and then all of them together.
-        for first in range(0, len(report.rows), depths + 1):
-            *bands, whole = report.rows[first : first + depths + 1]
-            rows.append({"filler": str(plan.filler), **whole, "depths": [dict(band) for band in bands]})
+    each = each or InTurn([subject], tell)
+    steps = [replace(plan, lengths=(tokens,)) for plan in plans for tokens in sorted(lengths)]
+    rows: list[dict[str, Any]] = list(each(_row, steps))
     share = sum((Share(row["found"], row["trials"]) for row in rows), Share(0, 0))
     figures = {"accuracy": share.value, "low": share.low, "high": share.high, "trials": share.trials}
     figures |= {f"accuracy_{row['filler']}_{row['tokens']}": row["accuracy"] for row in rows}
@@ -79,16 +70,28 @@ def _filler(name: str) -> Filler:
         raise InvalidArgument(f"a filler is one of {', '.join(Filler)}, got {name!r}") from None
 
 
+def _row(subjects: Sequence[Subject], plan: passkey.Plan, say: Say) -> dict[str, Any]:
+    """One filler at one length, and its depths."""
+    (subject,) = subjects
+    recall = subject.settings.recall
+    store = Store.DOCUMENTS if recall.engine == Engine.INDEX else Store.SESSION
+    asking = Asking(store, recall.top_k, recall.engine, recall.search)
+    asker = MemoryAsker(subject.base, subject.trained, subject.client, asking, "eval")
+    questions = plan.questions(subject.tokenizer, subject.trained.last_context_length)
+    report = passkey.run(plan, questions, asker, _Watcher(say, plan.filler))
+    *bands, whole = report.rows
+    return {"filler": str(plan.filler), **whole, "depths": [dict(band) for band in bands]}
+
+
 class _Watcher(passkey.Unwatched):
-    """Tells how many trials are done."""
+    """Says which trial begins, and what was found until then."""
 
-    def __init__(self, tell: Tell, trials: int):
-        self.filler = ""
-        self._tell, self._trials, self._done, self._found = tell, trials, 0, 0
+    def __init__(self, say: Say, filler: str):
+        self._say, self._filler, self._done, self._found = say, filler, 0, 0
 
-    def begins(self, question: Question) -> None:
-        words = f"{self.filler}, {size(question.trial.tokens)} tokens, depth {question.trial.depth:.0%}"
-        self._tell(self._done, self._trials, f"{words} · {self._found} of {self._done} found")
+    def begins(self, trial: Trial, tokens: int) -> None:
+        words = f"{self._filler}, {size(trial.tokens)} tokens, depth {trial.depth:.0%}"
+        self._say(f"{words} · {self._found} of {self._done} found")
 
     def ends(self, outcome: Outcome) -> None:
         self._done += 1

@@ -68,6 +68,10 @@ class Plan:
         """Tokens of all trials together, distractors among them."""
         return self.trials * sum(tokens + self.distractors * DISTRACTOR_TOKENS for tokens in self.lengths)
 
+    def asked(self) -> Iterator[Trial]:
+        """The trials, short ones first."""
+        return trials_of(self.lengths, self.trials, self.seed)
+
     def questions(self, tokenizer: Tokenizer, window: int) -> Questions:
         """What makes this plan's prompts, of which the last `window` tokens are read at once.
 
@@ -81,11 +85,20 @@ class Plan:
         return made
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What asks a plan's questions."""
+
+    questions: Questions
+    asker: Asker
+    settings: Mapping[str, Any]  # Of model and memory, for the report.
+
+
 class Watcher(Protocol):
     """Hears how the job goes on."""
 
-    def begins(self, question: Question) -> None:
-        """A trial begins."""
+    def begins(self, trial: Trial, tokens: int) -> None:
+        """A trial begins that puts so many tokens into memory; on a cluster while others are under way."""
 
     def fills(self, tokens: int) -> None:
         """So many more tokens stand in memory."""
@@ -97,7 +110,7 @@ class Watcher(Protocol):
 class Unwatched:
     """Hears nothing."""
 
-    def begins(self, question: Question) -> None:
+    def begins(self, trial: Trial, tokens: int) -> None:
         pass
 
     def fills(self, tokens: int) -> None:
@@ -118,17 +131,40 @@ def run(
     watcher = watcher or Unwatched()
     started = time.perf_counter()
     outcomes = []
-    for question in _ahead(trials_of(plan.lengths, plan.trials, plan.seed), questions.question):
-        watcher.begins(question)
-        outcomes.append(_outcome(question, questions, asker, watcher.fills))
+    for question in _ahead(plan.asked(), questions.question):
+        watcher.begins(question.trial, question.tokens)
+        outcomes.append(outcome_of(question, questions, asker, watcher.fills))
         watcher.ends(outcomes[-1])
+    return report_of(plan, outcomes, time.perf_counter() - started, settings)
+
+
+def outcome_of(question: Question, questions: Questions, asker: Asker, fills: Callable[[int], None]) -> Outcome:
+    """Ask one question; `fills` hears how many more tokens stand in memory."""
+    started = time.perf_counter()
+    asked: Asked = asker.ask(question, fills)
+    return Outcome(
+        trial=question.trial,
+        tokens=len(question.ids),
+        key=question.key,
+        label=question.label,
+        said=questions.text(asked.ids),
+        found=asked.ids == question.answer,
+        asked=asked,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def report_of(
+    plan: Plan, outcomes: Sequence[Outcome], seconds: float, settings: Mapping[str, Any] | None = None
+) -> Report:
+    """What came of all trials of the plan, in `seconds`."""
     bands = bands_of(outcomes, plan.depths)
     return Report(
         study=STUDY,
         protocol=__doc__ or "",
         settings={**asdict(plan), **(settings or {})},
         rows=[row for length in _lengths(bands) for row in _rows(length)],
-        figures=_figures(outcomes, time.perf_counter() - started),
+        figures=_figures(outcomes, seconds),
         trials=[one.row() for one in outcomes],
     )
 
@@ -182,21 +218,6 @@ def _ahead(trials: Iterator[Trial], make: Callable[[Trial], Question]) -> Iterat
             waiting = None if trial is None else pool.submit(make, trial)
             if ready is not None:
                 yield ready.result()
-
-
-def _outcome(question: Question, questions: Questions, asker: Asker, fills: Callable[[int], None]) -> Outcome:
-    started = time.perf_counter()
-    asked: Asked = asker.ask(question, fills)
-    return Outcome(
-        trial=question.trial,
-        tokens=len(question.ids),
-        key=question.key,
-        label=question.label,
-        said=questions.text(asked.ids),
-        found=asked.ids == question.answer,
-        asked=asked,
-        seconds=time.perf_counter() - started,
-    )
 
 
 def _lengths(bands: Sequence[Band]) -> list[list[Band]]:

@@ -13,7 +13,7 @@ class Place:
     """A target, and how to get in."""
 
     target: str = ":memory:"
-    token: Path | None = None  # A file.
+    token: str | Path | None = None  # Itself, or its file.
     tls: Tls | None = None
     insecure: bool = False
     timeout_s: float = 600.0

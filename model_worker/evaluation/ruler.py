@@ -10,11 +10,13 @@ the share of all answers of a task's samples with its 95 % Wilson interval.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from memory_service.errors import InvalidArgument
 from model_worker.evaluation.report import Column, Report, percent, size
+from model_worker.evaluation.steps import Each, InTurn, Say
 from model_worker.evaluation.subject import Library, Subject, Tell
 from model_worker.evaluation.wilson import Share
 from model_worker.tasks.ruler import Example, Task, example
@@ -40,38 +42,40 @@ def run(
     samples: int = SAMPLES,
     seed: int = 0,
     tell: Tell = lambda *_: None,
+    each: Each | None = None,
 ) -> Report:
     """Ask `samples` prompts of each task and length. Raises InvalidArgument for an unknown task or a short length."""
     chosen = [_task(name) for name in tasks]
     if samples < 1 or not lengths or not chosen:
         raise InvalidArgument("this study needs at least one task, one length and one sample")
-    rows: list[dict[str, Any]] = []
+    each = each or InTurn([subject], tell)
     steps = [(task, tokens) for tokens in sorted(lengths) for task in chosen]
-    for number, (task, tokens) in enumerate(steps):
-        tell(number, len(steps), f"{task}, {size(tokens)} tokens")
-        rng = Random(f"{seed} {task} {tokens}")
-        examples = [example(task, subject.tokenizer, tokens, rng) for _ in range(samples)]
-        outputs = list(_outputs(subject, examples))
-        scores = [one.score(output) for one, output in zip(examples, outputs, strict=True)]
-        answers = sum(len(one.answers) for one in examples)
-        share = Share(
-            round(sum(score * len(one.answers) for score, one in zip(scores, examples, strict=True))), answers
-        )
-        rows.append(
-            {
-                "task": str(task), "length": tokens, "samples": samples, "score": share.value, "low": share.low,
-                "high": share.high, "whole": sum(score == 1 for score in scores) / samples,
-                "said": [
-                    {"answers": list(one.answers), "output": output, "score": score}
-                    for one, output, score in zip(examples, outputs, scores, strict=True)
-                ],
-            }
-        )  # fmt: skip
+    rows: list[dict[str, Any]] = list(each(partial(_row, samples=samples, seed=seed), steps))
     figures = {f"score_{row['task']}_{row['length']}": row["score"] for row in rows}
     for tokens in sorted(lengths):
         figures[f"score_{tokens}"] = sum(row["score"] for row in rows if row["length"] == tokens) / len(chosen)
     settings = {**subject.told(), "tasks": chosen, "lengths": list(lengths), "samples": samples, "seed": seed}
     return Report("ruler", __doc__ or "", settings, rows, figures)
+
+
+def _row(subjects: Sequence[Subject], step: tuple[Task, int], say: Say, *, samples: int, seed: int) -> dict[str, Any]:
+    """One task at one length."""
+    (subject,), (task, tokens) = subjects, step
+    say(f"{task}, {size(tokens)} tokens")
+    rng = Random(f"{seed} {task} {tokens}")
+    examples = [example(task, subject.tokenizer, tokens, rng) for _ in range(samples)]
+    outputs = list(_outputs(subject, examples))
+    scores = [one.score(output) for one, output in zip(examples, outputs, strict=True)]
+    answers = sum(len(one.answers) for one in examples)
+    share = Share(round(sum(score * len(one.answers) for score, one in zip(scores, examples, strict=True))), answers)
+    return {
+        "task": str(task), "length": tokens, "samples": samples, "score": share.value, "low": share.low,
+        "high": share.high, "whole": sum(score == 1 for score in scores) / samples,
+        "said": [
+            {"answers": list(one.answers), "output": output, "score": score}
+            for one, output, score in zip(examples, outputs, scores, strict=True)
+        ],
+    }  # fmt: skip
 
 
 def _task(name: str) -> Task:

@@ -26,7 +26,8 @@ from memory_service import (
 from memory_service.types import Scalar
 from model_worker.corpus import Note, Notes, Source, read
 from model_worker.encoding import Encoded, Encoder
-from model_worker.ingest import CONTENT, IngestReport, ingest, settings_of
+from model_worker.ingest import ingest
+from model_worker.intake import CONTENT, IngestReport, settings_of
 from model_worker.model import FotModel
 from model_worker.passages import text_of
 from model_worker.uploads import Outgoing, Uploads

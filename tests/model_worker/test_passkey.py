@@ -366,7 +366,7 @@ def test_mistakes_end_with_one_sentence_before_anything_is_asked(
     fot: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setattr(passkey, "run", lambda *_: pytest.fail("it ran"))
-    monkeypatch.setattr("model_worker.cli.passkey.PATIENCE_S", 0.5)
+    monkeypatch.setattr("model_worker.cli.passkey_job.PATIENCE_S", 0.5)
     done = fot("--tokens", "2000", *arguments)
     assert (done.code, done.out) == (1, "")
     assert message in done.err and "defect" not in done.err and done.err.startswith("fot: ")

@@ -21,7 +21,7 @@ from model_worker.cli import options
 from model_worker.cli.opening import load_model, load_tokenizer
 from model_worker.cli.progress import Progress
 from model_worker.corpus import Source
-from model_worker.ingest import IngestReport
+from model_worker.intake import IngestReport
 from model_worker.settings import LogitScaling, SelfExtend
 from tests.memory_service.places import serving
 from tests.model_worker.tiny import save_tiny, save_tiny_llama
@@ -286,7 +286,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         yield Source("a", "text")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model_worker.cli.ingest.read", interrupted)
+    monkeypatch.setattr("model_worker.cli.ingest_job.read", interrupted)
     done = fot("ingest", corpus, "--model", model, "--memory", tmp_path / "memory")
     assert (done.code, done.out) == (130, "")
     assert "the same command goes on from there" in done.err
