@@ -61,8 +61,8 @@ dictionary-model: setup  ## Train the model of the dictionary study anew, into r
 protos: setup  ## Regenerate the gRPC stubs from protos/
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:protos/%=%)
 
-test: setup  ## Run the tests (a few minutes on two cores)
-	$(BIN)/pytest
+test: setup  ## Run the tests (ten minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
