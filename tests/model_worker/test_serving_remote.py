@@ -33,6 +33,7 @@ def served() -> Iterator[tuple[FotModel, Memory, ExitStack]]:
         mine, other = (closing.enter_context(Memory.open(target, name, spec)) for name in ("mine", "other"))
         plant(mine, 3)
         plant(other, 9)
+        base.generation_config.eos_token_id = None  # What should be under way is, however slow the machine.
         yield closing.enter_context(FotModel(base, FOT, mine)), other, service
 
 
