@@ -66,6 +66,7 @@ def test_with_two_replicas_a_killed_service_a_killed_keeper_and_a_lost_node_fail
     ray_cluster.add("node-1")
 
 
+@pytest.mark.slow
 def test_with_one_replica_a_lost_node_is_an_error_or_exact_coverage_until_its_disk_is_back(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:
