@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]  # its stub lacks it
 
 from memory_service.errors import FailedPrecondition, Unavailable
 
