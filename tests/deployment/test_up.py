@@ -66,7 +66,7 @@ def test_a_cluster_with_tls_and_tokens_comes_up_tells_how_it_is_and_leaves_nothi
     assert fot("memory", "ls", "--target", "ray://told", *there).code == 0
 
     assert fot(*up[:-4], "--replicas", 2).err.endswith("only the number of its shards can change\n")
-    assert "there is told" in fot("status", "--target", "ray://other").err
+    assert "called 'other' runs on this Ray; there is told" in fot("status", "--target", "ray://other").err
 
     assert not [one for one in _command_lines() if secret in one]
     assert not [path for path in ray_cluster.directory.rglob("*.log") if secret in path.read_text(errors="replace")]
