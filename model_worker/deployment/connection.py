@@ -27,6 +27,8 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get(ADDRESS) or (running.address if running else None)
     if not address:
         raise FailedPrecondition(f"there is no Ray here: start one with `fot up --ray`, or set {ADDRESS}")
+    if running is not None and address == running.address:
+        running.show_token()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:

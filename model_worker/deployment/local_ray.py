@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+from ray._raylet import Config  # type: ignore[attr-defined]  # its stub lacks it
 
 from memory_service.errors import FailedPrecondition, Unavailable
 
@@ -42,7 +44,7 @@ class LocalRay:
 
     @classmethod
     def start(cls) -> Self:
-        """Start one at 127.0.0.1, whose drivers need the token in ~/.ray. Raises FailedPrecondition if it fails."""
+        """Start one, whose drivers need the token in ~/.ray. Raises FailedPrecondition if it fails."""
         file = _state_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         # Short: Unix sockets in it have paths of at most 107 characters.
@@ -51,7 +53,7 @@ class LocalRay:
         if environment[_AUTH] == "token" and "RAY_AUTH_TOKEN" not in os.environ:
             _ray(["get-auth-token", "--generate"], environment)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
-        given = ["--node-ip-address=127.0.0.1", "--disable-usage-stats", "--include-dashboard=false"]
+        given = ["--disable-usage-stats", "--include-dashboard=false"]
         log = directory / "start.log"
         with open(log, "w", encoding="utf-8") as out:
             process = subprocess.Popen(
@@ -77,7 +79,13 @@ class LocalRay:
             for one in left:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
         _state_file().unlink(missing_ok=True)
+
+    def show_token(self) -> None:
+        """Let this process show the token in ~/.ray: Ray does so by itself only where it is told no address."""
+        os.environ.setdefault(_AUTH, "token")
+        Config.initialize("")  # It read the environment when it was imported.
 
     def _process(self) -> psutil.Process | None:
         try:

@@ -22,6 +22,7 @@ from model_worker.deployment.plan import ClusterState, Plan
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 DATA = "~/.local/share/fot"
 _LOOK_S = 0.3
+_BEGIN_S = 180.0  # Of an overseer: it loads torch, on however busy a machine.
 _CLOSE_S = 120.0
 _OF_CLIENTS = ("FOT_TARGET", "FOT_TOKEN", "FOT_TOKEN_FILE", "FOT_CA", "FOT_DEBUG")
 _OF_KEEPERS = ("FOT_DATA", "FOT_LISTEN", "FOT_TOKENS", "FOT_TLS_CERTIFICATE", "FOT_TLS_KEY", "FOT_TLS_CLIENT_CA",
@@ -58,7 +59,7 @@ def bring_up(plan: Plan, give_up: Sequence[int] = ()) -> ClusterState:
     except NotFound:
         _check_exposure(plan)
         handle = appoint(plan)
-    state: ClusterState = ask(handle.state.remote(), timeout_s=60.0)
+    state: ClusterState = ask(handle.state.remote(), _BEGIN_S)
     running = replace(state.plan, shards=plan.shards)
     if running != plan:
         raise FailedPrecondition(f"{plan.name} runs already, and not as asked ({_differences(running, plan)}): only "

@@ -55,6 +55,17 @@ class RayNodes:
         """Kill a node and everything that runs on it."""
         self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
 
+    @contextmanager
+    def whole_again(self) -> Iterator[None]:
+        """Nodes that are removed meanwhile are put back, under their names."""
+        before = tuple(self.nodes)
+        try:
+            yield
+        finally:
+            for name in before:
+                if name not in self.nodes:
+                    self.add(name)
+
     @property
     def processes(self) -> list[psutil.Process]:
         """What runs because of this Ray: its own processes, its workers and theirs."""

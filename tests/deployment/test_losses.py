@@ -35,7 +35,8 @@ NAMES = [f"document-{number}" for number in range(30)]
 def test_with_two_replicas_a_killed_service_a_killed_keeper_and_a_lost_node_fail_no_call_and_lose_and_double_nothing(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:
-    with running(plan("twice", tmp_path, shards=2, replicas=2)) as state, opened("twice") as memory:
+    wanted = plan("twice", tmp_path, shards=2, replicas=2)
+    with ray_cluster.whole_again(), running(wanted) as state, opened("twice") as memory:
         for shard in range(2):
             homes = {one.report.node for one in state.copies if one.copy.shard == shard and one.report}
             assert len(homes) == 2  # No node holds both copies of a shard.
@@ -63,13 +64,14 @@ def test_with_two_replicas_a_killed_service_a_killed_keeper_and_a_lost_node_fail
             assert status.whole
             assert status.documents == len(NAMES) + len(met.written)
             assert {one.node for shard in status.shards for one in shard.replicas} == {"head", "node-2"}
-    ray_cluster.add("node-1")
 
 
+@pytest.mark.slow
 def test_with_one_replica_a_lost_node_is_an_error_or_exact_coverage_until_its_disk_is_back(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:
-    with running(plan("once", tmp_path, shards=2, replicas=1)) as state, opened("once") as memory:
+    wanted = plan("once", tmp_path, shards=2, replicas=1)
+    with ray_cluster.whole_again(), running(wanted) as state, opened("once") as memory:
         put(memory, NAMES)
         with Caretaker.open("ray://once") as caretaker:
             shards = caretaker.map

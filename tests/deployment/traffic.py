@@ -36,8 +36,8 @@ def plan(name: str, data: Path, shards: int, replicas: int, **given: Any) -> Pla
 @contextmanager
 def running(wanted: Plan) -> Iterator[ClusterState]:
     """A cluster that is up, and afterwards down with nothing left on any disk that is there."""
-    memory_cluster.bring_up(wanted)
     try:
+        memory_cluster.bring_up(wanted)
         yield until_ready(wanted.name)
     finally:
         pids = [report.pid for report in reports(wanted.name) if report.pid]
