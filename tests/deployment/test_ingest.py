@@ -28,6 +28,8 @@ from model_worker.intake import IngestReport, settings_of
 from tests.deployment.nodes import ROOT, RayNodes
 from tests.model_worker.tiny import save_tiny_llama
 
+pytestmark = pytest.mark.timeout(400)  # Workers start in seconds, but on a machine that is full in minutes.
+
 FILES = 160
 
 
