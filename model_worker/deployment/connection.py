@@ -11,29 +11,19 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from memory_service.errors import FailedPrecondition, FotError, NotFound, Unavailable
 from model_worker.deployment.local_ray import LocalRay
 from model_worker.deployment.plan import NAMESPACE, overseer_name
+from model_worker.deployment.runtime import ADDRESS, join, member
 
-ADDRESS = "RAY_ADDRESS"
 _ASK_S = 15.0
 
 
 def connect(address: str | None = None) -> None:
     """Connect to a Ray cluster, unless this process is: at `address`, RAY_ADDRESS, or the one `fot up` started here.
 
-    Raises FailedPrecondition if there is none to connect to, Unavailable if it does not answer.
+    Raises FailedPrecondition if there is none to connect to, and what `join` raises.
     """
-    if ray.is_initialized():
-        return
-    running = LocalRay.running()
-    address = address or os.environ.get(ADDRESS) or (running.address if running else None)
-    if not address:
+    if address is None and not member() and not os.environ.get(ADDRESS) and LocalRay.running() is None:
         raise FailedPrecondition(f"there is no Ray here: start one with `fot up --ray`, or set {ADDRESS}")
-    if running is not None and address == running.address:
-        running.show_token()
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise Unavailable(f"the Ray cluster at {address} cannot be reached: {why}") from None
+    join(address)
 
 
 def clusters() -> list[str]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Self
 
 import psutil
-from ray._raylet import Config  # type: ignore[attr-defined]  # its stub lacks it
 
 from memory_service.errors import FailedPrecondition, Unavailable
 
@@ -85,6 +84,8 @@ class LocalRay:
     def show_token(self) -> None:
         """Let this process show the token in ~/.ray: Ray does so by itself only where it is told no address."""
         os.environ.setdefault(_AUTH, "token")
+        from ray._raylet import Config  # type: ignore[attr-defined]  # its stub lacks it
+
         Config.initialize("")  # It read the environment when it was imported.
 
     def _process(self) -> psutil.Process | None:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from memory_service.errors import FailedPrecondition, InvalidArgument, Unauthenticated, Unavailable
+from model_worker.deployment.local_ray import LocalRay
+from model_worker.deployment.plan import NAMESPACE
 
-NAMESPACE = "fot"  # Of every named actor of ours.
 ADDRESS, TOKEN, MODE, USAGE = "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"
 ANY = "auto"  # The cluster that runs on this machine, whichever port it has.
 DIAL_S = 5.0
@@ -73,12 +74,17 @@ def connect(address: str | None = None, *, namespace: str = NAMESPACE) -> Iterat
 def join(address: str | None = None, *, namespace: str = NAMESPACE) -> Cluster:
     """Join a running cluster, for good or until `leave`: `address`, else RAY_ADDRESS, else that of this machine.
 
-    Never starts one. Raises as `connect`.
+    On this machine the one that `fot up` started comes first. Never starts one. Raises as `connect`.
     """
     if member():
         return _member_of(address)
     need_ray()
     wanted = address or os.environ.get(ADDRESS) or ANY
+    running = LocalRay.running()
+    if wanted == ANY and running is not None:
+        wanted = running.address
+    if running is not None and wanted == running.address:
+        running.show_token()
     if "://" in wanted:
         raise InvalidArgument(
             f"a Ray cluster's address is the host:port of its head, got {wanted!r}: run this on one of its nodes"
