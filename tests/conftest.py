@@ -27,6 +27,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's FOT_* variables must not change what the tests see."""
+    """Neither a developer's FOT_* variables nor the width of a terminal may change what the tests see."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # Set where tests run side by side.
     for name in [name for name in os.environ if name.startswith("FOT_") and not name.startswith(KEPT)]:
         monkeypatch.delenv(name)
