@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer and make; everything else is installed into .venv with pip, at the versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help setup passkey eval eval-16m reference-model lookup-model dictionary-model protos test test-gpu check stubs-fresh deploy-sane bench soak clean
+.PHONY: help setup passkey eval eval-16m reference-model lookup-model dictionary-model protos test test-slow test-gpu check stubs-fresh deploy-sane bench soak clean
 
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
@@ -63,6 +63,9 @@ protos: setup  ## Regenerate the gRPC stubs from protos/
 
 test: setup  ## Run the tests (ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+test-slow: setup  ## Run the tests that are too slow for every day, most of them on Ray
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 600
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

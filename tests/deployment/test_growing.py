@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however
 NAMES = [f"document-{number}" for number in range(60)]
 
 
+@pytest.mark.slow
 def test_1_2_and_4_shards_answer_as_one_memory_while_it_grows_and_shrinks_under_a_reader(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def expected(corpus: Path, model: Path, target: str) -> tuple[IngestReport, list
 Expected = tuple[IngestReport, list[DocumentInfo]]
 
 
-@pytest.mark.parametrize("workers_read", [False, True])
+@pytest.mark.parametrize("workers_read", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_workers_report_and_store_what_one_process_does(
     ray_cluster: RayNodes, corpus: Path, model: Path, target: str, expected: Expected, workers_read: bool
 ) -> None:

@@ -81,7 +81,7 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", ["lookup", pytest.param("dense", marks=pytest.mark.slow)])
 def test_a_study_finds_what_it_finds_in_one_process(ray_cluster: RayNodes, study: str) -> None:
     settings = Settings(Recall(top_k=32 if study == "lookup" else 0), Place())
     job = StudyJob(study, ("lookup",), settings, 1, {**STUDIES[study], "seed": 0})
@@ -123,6 +123,7 @@ class Steps:
         return len(self.rows) >= self._most
 
 
+@pytest.mark.slow
 # Ray Train copies the context of Ray Data, whose own deprecations warn when they are copied.
 @pytest.mark.filterwarnings("ignore:.* deprecated:DeprecationWarning")
 def test_one_process_of_ray_train_trains_the_same_model(ray_cluster: RayNodes, tmp_path: Path) -> None:
@@ -189,6 +190,7 @@ def test_what_a_worker_cannot_open_is_told_as_it_was_raised(ray_cluster: RayNode
         pool.wait()
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_workers_is_told_as_such(ray_cluster: RayNodes) -> None:
     with (
         connect() as cluster,
