@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from memory_service import Memory
@@ -14,6 +15,7 @@ from tests.memory_service.clusters import SPEC, services
 MOVE = Path(__file__).parents[2] / "deploy/kubernetes/memory_growth/move.py"
 
 
+@pytest.mark.slow
 def test_documents_move_to_more_shards_and_none_is_lost() -> None:
     names = {f"document-{number}" for number in range(20)}
     keys = torch.ones(2, 2, 3, 8)
