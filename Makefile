@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-input -c constraints.txt --no-build-isolation -e '.[worker,serving,ray,curves,dev]'
 	@touch $@
 
-passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,144 tokens (under three minutes on two cores)
+passkey: setup  ## The main job: 20 pass keys, each found in a haystack of 262,144 tokens (half a minute on two cores)
 	mkdir -p passkey-results
 	$(BIN)/fot passkey --tokens 262144 --trials 20 --require 1.0 \
 		--json passkey-results/passkey.json --plot passkey-results/passkey.png
