@@ -149,6 +149,10 @@ def api(
 
         serve_on_ray(setup, addresses, replicas, most_replicas, cpus, gpus, address, announce)
         return
+    if target.startswith("ray://"):
+        from model_worker.deployment.runtime import join
+
+        join()  # Now, and in this thread: where Ray is joined it sets signal handlers of its own.
     with setup.open() as (worker, accepted):
         run(serve(worker, accepted, addresses, lambda server: announce(server.http, server.grpc)))
 

@@ -17,8 +17,12 @@ def ray_cluster() -> Iterator[RayNodes]:
         yield nodes
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that run side by side share one cluster: those of this room stay in one process."""
+    """Tests that run side by side share one cluster: those of this room stay in one process.
+
+    First, for pytest-xdist reads the marks in the same hook.
+    """
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and not item.path.name.startswith("test_deploy_"):
