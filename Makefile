@@ -63,7 +63,7 @@ protos: setup  ## Regenerate the gRPC stubs from protos/
 
 # Three processes for two cores: many tests wait for processes that start, or for those they killed.
 test: setup  ## Run the tests (ten minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadscope
 
 test-slow: setup  ## Run the tests that are too slow for every day, most of them on Ray
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 600

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,3 +32,16 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # Set where tests run side by side.
     for name in [name for name in os.environ if name.startswith("FOT_") and not name.startswith(KEPT)]:
         monkeypatch.delenv(name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run side by side, those on Ray stay in one process and share one cluster, and begin first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            on_ray = nodeid.startswith("tests/deployment/") and "/test_deploy_" not in nodeid
+            return "ray" if on_ray else nodeid
+
+    return OneRay(config, log)
