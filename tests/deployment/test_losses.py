@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however
 NAMES = [f"document-{number}" for number in range(30)]
 
 
+@pytest.mark.slow
 def test_with_two_replicas_a_killed_service_a_killed_keeper_and_a_lost_node_fail_no_call_and_lose_and_double_nothing(
     ray_cluster: RayNodes, tmp_path: Path
 ) -> None:

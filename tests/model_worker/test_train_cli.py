@@ -117,6 +117,7 @@ def test_a_signal_ends_the_training_after_its_step_and_the_message_resumes_it(
     fot: Fot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fot("train", file, "--out", tmp_path / "straight")
+    before = signal.getsignal(signal.SIGTERM)
 
     def stepped(self: command.Shown, row: Row) -> None:
         if row.step == 3:
@@ -132,7 +133,7 @@ def test_a_signal_ends_the_training_after_its_step_and_the_message_resumes_it(
     assert again == ["train", str(file), "--threads", "1", "--resume"]
     assert fot(*again).code == 0
     assert_same_weights(tmp_path / "out", tmp_path / "straight")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_mistakes_are_one_sentence(fot: Fot, file: Path, tmp_path: Path) -> None:
