@@ -6,16 +6,12 @@ import asyncio
 import ipaddress
 import logging
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
-import uvloop
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -24,6 +20,7 @@ from memory_service.auth import PageTokens, TokenFile
 from memory_service.codec import SERVICE
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.interceptors import Guard
+from memory_service.lifetime import in_thread, until_signal
 from memory_service.logs import event
 from memory_service.metrics import Metrics, page
 from memory_service.service import AnyStore, Service
@@ -151,52 +148,14 @@ class Server:
 
 async def serve(store: ServedStore, settings: ServerSettings, started: Callable[[Server], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then let calls under way finish. `started` is told once it listens."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    server = Server(store, settings)
-    await server.start()
-    try:
-        if started:
-            started(server)
-        await stopping.wait()
-    finally:
-        await server.stop()
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """`asyncio.run`, on uvloop: it spares a small call a tenth of its time."""
-    uvloop.run(main)
+    await until_signal(lambda: Server(store, settings), started)
 
 
 @contextmanager
 def running(store: ServedStore, settings: ServerSettings) -> Iterator[str]:
     """A server in a thread of this process while the block runs; gives its address, as "host:port" or "unix:/path"."""
-    started: Future[str] = Future()
-    control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    async def main() -> None:
-        try:
-            server = Server(store, settings)
-            await server.start()
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        stopping = asyncio.Event()
-        control.append((asyncio.get_running_loop(), stopping))
-        started.set_result(server.addresses[0])
-        await stopping.wait()
-        await server.stop()
-
-    thread = threading.Thread(target=lambda: run(main()), name="fot-server")
-    thread.start()
-    try:
-        yield started.result()
-    finally:
-        for loop, stopping in control:
-            loop.call_soon_threadsafe(stopping.set)
-        thread.join()
+    with in_thread(lambda: Server(store, settings), "fot-server") as server:
+        yield server.addresses[0]
 
 
 # --- Addresses and exposure -----------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from memory_service.allocator import keep_freed_memory
 from memory_service.cli.console import Json, print_json, print_table
 from memory_service.cli.environment import variable
 from memory_service.errors import InvalidArgument
+from memory_service.lifetime import run
 from memory_service.logs import configure
-from memory_service.server import Server, run
+from memory_service.server import Server
 from memory_service.server import serve as serve_until_stopped
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store import Store

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
-from memory_service.server import run
+from memory_service.lifetime import in_thread, until_signal
 from model_worker.api.guard import Rules
 from model_worker.api.http import http_app
 from model_worker.api.keys import Keys
@@ -29,44 +25,11 @@ async def serve(
     worker: Worker, keys: Keys, addresses: Addresses, started: Callable[[Server], None] | None = None
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let calls under way finish. `started` is told once it listens."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    server = server_of(worker, keys, addresses)
-    await server.start()
-    try:
-        if started:
-            started(server)
-        await stopping.wait()
-    finally:
-        await server.stop()
+    await until_signal(lambda: server_of(worker, keys, addresses), started)
 
 
 @contextmanager
 def running(worker: Worker, keys: Keys, addresses: Addresses) -> Iterator[Server]:
     """A server in a thread of this process while the block runs."""
-    started: Future[Server] = Future()
-    control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    async def main() -> None:
-        try:
-            server = server_of(worker, keys, addresses)
-            await server.start()
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        stopping = asyncio.Event()
-        control.append((asyncio.get_running_loop(), stopping))
-        started.set_result(server)
-        await stopping.wait()
-        await server.stop()
-
-    thread = threading.Thread(target=lambda: run(main()), name="fot-api")
-    thread.start()
-    try:
-        yield started.result()
-    finally:
-        for loop, stopping in control:
-            loop.call_soon_threadsafe(stopping.set)
-        thread.join()
+    with in_thread(lambda: server_of(worker, keys, addresses), "fot-api") as server:
+        yield server

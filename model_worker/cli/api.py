@@ -95,7 +95,7 @@ def api(
     template = None if chat_template is None else _text(chat_template)
 
     # Transformers takes seconds to import; what was wrong so far should not.
-    from memory_service.server import run
+    from memory_service.lifetime import run
     from model_worker.api.limits import Limits
     from model_worker.api.process import serve
     from model_worker.api.server import Addresses
@@ -150,9 +150,9 @@ def api(
         serve_on_ray(setup, addresses, replicas, most_replicas, cpus, gpus, address, announce)
         return
     if target.startswith("ray://"):
-        from model_worker.deployment.runtime import join
+        from model_worker.deployment.connection import connect
 
-        join()  # Now, and in this thread: where Ray is joined it sets signal handlers of its own.
+        connect()  # Now, and in this thread: where Ray is joined it sets signal handlers of its own.
     with setup.open() as (worker, accepted):
         run(serve(worker, accepted, addresses, lambda server: announce(server.http, server.grpc)))
 

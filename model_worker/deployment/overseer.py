@@ -91,7 +91,7 @@ class Overseer:
         if known is None or report.address not in known.addresses:
             return "the shard map does not have it yet"
         if member.map is None or member.behind:
-            return "it may lack writes, and is brought them"
+            return "it may lack writes, and is being brought up to date"
         return ""
 
     def resize(self, shards: int) -> None:
