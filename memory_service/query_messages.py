@@ -176,18 +176,18 @@ def write_group(group: AttendGroup, message: pb.AttendGroup) -> None:
     write_scope(group.scope, message.scope)
     write_tensor(group.queries, message.queries)
     if group.counts is not None:
-        write_tensor(group.counts, message.counts)
+        write_tensor(group.counts, message.share.counts)
     if group.lse is not None:
-        write_tensor(group.lse, message.lse)
+        write_tensor(group.lse, message.share.lse)
 
 
 def read_group(message: pb.AttendGroup) -> AttendGroup:
     scope = read_scope(message.scope) if message.HasField("scope") else _EVERYTHING
     counts = lse = None
-    if message.HasField("counts"):
-        counts = read_tensor(message.counts, "counts", "[G, Q]", (torch.int32,))
-    if message.HasField("lse"):
-        lse = read_tensor(message.lse, "lse", "[G, Q]", (torch.float32,))
+    if message.share.HasField("counts"):
+        counts = read_tensor(message.share.counts, "counts", "[G, Q]", (torch.int32,))
+    if message.share.HasField("lse"):
+        lse = read_tensor(message.share.lse, "lse", "[G, Q]", (torch.float32,))
     return AttendGroup(scope, read_tensor(message.queries, "queries", "[G, Q, D]"), counts, lse)
 
 

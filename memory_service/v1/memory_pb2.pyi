@@ -306,16 +306,22 @@ class AttendOptions(_message.Message):
     def __init__(self, top_k: _Optional[int] = ..., engine: _Optional[_Union[Engine, str]] = ..., scale: _Optional[float] = ..., logit_gap: _Optional[float] = ..., search: _Optional[_Mapping[str, float]] = ..., tokens: _Optional[bool] = ..., attribution: _Optional[bool] = ..., measure: _Optional[bool] = ..., output_dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class AttendGroup(_message.Message):
-    __slots__ = ("scope", "queries", "counts", "lse")
+    __slots__ = ("scope", "queries", "share")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
-    COUNTS_FIELD_NUMBER: _ClassVar[int]
-    LSE_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     scope: Scope
     queries: Tensor
+    share: GroupShare
+    def __init__(self, scope: _Optional[_Union[Scope, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., share: _Optional[_Union[GroupShare, _Mapping]] = ...) -> None: ...
+
+class GroupShare(_message.Message):
+    __slots__ = ("counts", "lse")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
     counts: Tensor
     lse: Tensor
-    def __init__(self, scope: _Optional[_Union[Scope, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., counts: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, counts: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Coverage(_message.Message):
     __slots__ = ("searched", "in_scope")
