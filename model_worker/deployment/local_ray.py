@@ -21,6 +21,9 @@ from memory_service.errors import FailedPrecondition, Unavailable
 _START_S = 120.0
 _STOP_S = 60.0
 _AUTH = "RAY_AUTH_MODE"
+# Ray Serve ends a proxy that is not ready in three times so many seconds, and starts another. Its 5 are too few where
+# models are loaded on the same cores: no proxy would ever be ready.
+_PROXY = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class LocalRay:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Short: Unix sockets in it have paths of at most 107 characters.
         directory = Path(tempfile.mkdtemp(prefix="fot-ray-"))
-        environment = os.environ | {_AUTH: os.environ.get(_AUTH, "token")}
+        environment = _PROXY | os.environ | {_AUTH: os.environ.get(_AUTH, "token")}
         if environment[_AUTH] == "token" and "RAY_AUTH_TOKEN" not in os.environ:
             _ray(["get-auth-token", "--generate"], environment)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]

@@ -15,7 +15,7 @@ from memory_service import FailedPrecondition, InvalidArgument, Unavailable
 from model_worker.cli.evaluate_job import StudyJob
 from model_worker.cli.passkey_job import Opening, open_parts
 from model_worker.deployment import runtime, trials
-from model_worker.deployment.pool import Crew, Pool, Tell
+from model_worker.deployment.pool import Crew, Pool
 from model_worker.deployment.runtime import connect
 from model_worker.deployment.training import train
 from model_worker.evaluation import passkey
@@ -26,6 +26,7 @@ from model_worker.settings import Recall
 from model_worker.training import snapshots
 from model_worker.training.metrics import Row
 from model_worker.training.run import train as train_here
+from tests.deployment.doubler import Doubler, refuse
 from tests.deployment.nodes import RayNodes
 from tests.model_worker.trainings import small
 
@@ -152,21 +153,6 @@ def test_two_processes_stop_when_asked_and_go_on(ray_cluster: RayNodes, tmp_path
     assert second.finished and second.steps == 400 and first.steps < 400
 
 
-class Doubler:
-    """Doubles numbers; refuses negative ones, and dies at zero."""
-
-    def work(self, task: int, tell: Tell) -> int:
-        import os
-        import signal
-
-        if task == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if task < 0:
-            raise InvalidArgument(f"{task} is negative")
-        tell(task)
-        return 2 * task
-
-
 def test_a_pool_grows_to_its_work_and_gives_every_answer_once(ray_cluster: RayNodes) -> None:
     with connect() as cluster, Pool(Doubler, Crew(1, 3, cpus=0.1), cluster) as pool:
         heard: list[int] = []
@@ -175,10 +161,6 @@ def test_a_pool_grows_to_its_work_and_gives_every_answer_once(ray_cluster: RayNo
         assert sorted(heard) == list(range(1, 200))
         with pytest.raises(InvalidArgument, match="-3 is negative"):
             list(pool.run([1, -3]))
-
-
-def refuse() -> Doubler:
-    raise InvalidArgument("there is no such model")
 
 
 def test_what_a_worker_cannot_open_is_told_as_it_was_raised(ray_cluster: RayNodes) -> None:
