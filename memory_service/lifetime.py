@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import uvloop
+
+from memory_service.notify import ALIVE, READY, STOPPING, Supervisor
 
 
 class Serves(Protocol):
@@ -30,19 +33,35 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def until_signal(make: Callable[[], Served], started: Callable[[Served], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then let calls under way finish. `started` is told once it listens."""
+    """Serve until SIGTERM or SIGINT, then let calls under way finish. `started` is told once it listens.
+
+    A supervisor that the environment names (see `notify`) is told too, and from then on that the loop still turns.
+    """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    supervisor = Supervisor.of(os.environ)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = make()
     await server.start()
+    beating = asyncio.create_task(_beat(supervisor))
     try:
         if started:
             started(server)
+        supervisor.tell(READY)
         await stopping.wait()
     finally:
+        supervisor.tell(STOPPING)
         await server.stop()
+        beating.cancel()
+        with suppress(asyncio.CancelledError):
+            await beating
+
+
+async def _beat(supervisor: Supervisor) -> None:
+    while supervisor.every_s is not None:
+        supervisor.tell(ALIVE)
+        await asyncio.sleep(supervisor.every_s)
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from memory_service.errors import InvalidArgument
 from model_worker.corpus import Choice, Note, Notes, Reading, Source
 from model_worker.corpus.files import Found, find
 from model_worker.corpus.reader import ROWS, read, twice
-from model_worker.deployment.pool import Crew, Pool, Tell
+from model_worker.deployment.pool import Crew, Pool
 from model_worker.deployment.runtime import Cluster
+from model_worker.deployment.worker import Tell
 from model_worker.encoding import Encoded
 from model_worker.fitting import check_spec
 from model_worker.ingest import Parts, store

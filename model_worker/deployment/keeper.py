@@ -36,7 +36,8 @@ class Keeper:
             arguments.append("--insecure")
         self._node = node
         directory = plan.directory(node["NodeName"]) / str(copy)
-        self._service = ServiceProcess(directory, _bracketed(host), arguments, environment_of(dict(plan.settings)))
+        environment = environment_of(dict(plan.settings))
+        self._service = ServiceProcess(directory, _bracketed(host), arguments, environment, plan.hung_after_s)
 
     def report(self) -> Report:
         """How the service is now."""

@@ -8,27 +8,25 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from memory_service.client.places import Address, Tls
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.cluster.directory import members_of, tell
-from memory_service.cluster.place import IMPATIENT, Lines
-from memory_service.errors import FotError, InvalidArgument
+from memory_service.errors import FotError
 from memory_service.shards import Member, Shard, ShardMap
 from model_worker.deployment.crew import Crew
 from model_worker.deployment.plan import NAMESPACE, ClusterState, Copy, CopyState, Plan, Report, overseer_name
 from model_worker.deployment.registry import Registry
+from model_worker.deployment.tenants import Tenants
 
 HEAD = "node:__internal_head__"  # A resource that Ray gives to the head alone.
 _FILE = "overseer.json"
 _ROUND_S = 0.5
+_LOOK_S = 5.0  # While documents are healed or moved, which may take hours.
 _ILL_PAUSE_S = 2.0  # Between attempts to heal what cannot be healed yet.
-_LINE = replace(IMPATIENT, patience_s=1.5)  # A process that does not answer may just be coming back.
 
 log = logging.getLogger("fot.overseer")
 
@@ -39,11 +37,9 @@ class Overseer:
     def __init__(self, plan: Plan):
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._plan = plan
-        self._target = f"ray://{plan.name}"
-        self._secrets: tuple[str, ...] = ("",)
-        self._tenants = self._lines(self._secrets)
+        self._tenants = Tenants(plan.security)
         file = _own_directory(plan) / _FILE
-        self._registry = Registry(self._target, file, self._tenants[0].place)
+        self._registry = Registry(f"ray://{plan.name}", file, self._tenants.place)
         self._shards = (again and self._registry.wanted) or plan.shards
         self._registry.want(self._shards)
         self._crew = Crew(plan)
@@ -51,7 +47,7 @@ class Overseer:
         self._doing = "starting"
         self._problem = ""
         self._given_up: set[int] = set()
-        self._healed = -math.inf
+        self._healed = self._looked = -math.inf
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._oversee, name="fot-overseer", daemon=True)
         self._thread.start()
@@ -108,8 +104,7 @@ class Overseer:
         self._stopping.set()
         self._thread.join()
         self._crew.dismiss(list(self._crew.wanted), delete_data)
-        for lines in self._tenants:
-            lines.close()
+        self._tenants.close()
         if delete_data:
             file = _own_directory(self._plan) / _FILE
             file.unlink(missing_ok=True)
@@ -132,27 +127,31 @@ class Overseer:
                 self._tell(f"{type(error).__name__}: {error}")
 
     def _round(self) -> None:
-        self._read_tokens()
-        self._crew.want(self._copies())
-        self._crew.look(self._registry, self._may_begin_empty)
-        reports = self._crew.reports
-        addresses = {copy: report.address for copy, report in reports.items() if report.address}
-        self._registry.reach(addresses.values(), self._tenants[0].place)
-        known = self._registry.known
-        self._members = members_of(addresses.values(), self._tenants[0].place)
+        self._tenants.read()
+        addresses = self._look()
         for one in self._members.values():
             self._registry.learn(one.map if isinstance(one, Member) else None)
         known = self._registry.known
         if known is None:
             self._publish_first(addresses)
             return
-        caretaker = Caretaker(self._registry, self._tenants)
+        caretaker = Caretaker(self._registry, self._tenants.lines)
         if not known.also:
             self._publish(caretaker, known, addresses)
         self._heal(caretaker)
         self._doing = ""
         self._move(caretaker, addresses)
         self._crew.dismiss([copy for copy in self._crew.wanted if copy not in self._copies()], delete_data=True)
+
+    def _look(self) -> dict[Copy, str]:
+        """See how keepers and services are, and hire keepers where they are missing; the addresses of services."""
+        self._crew.want(self._copies())
+        self._crew.look(self._registry, self._may_begin_empty)
+        addresses = {copy: report.address for copy, report in self._crew.reports.items() if report.address}
+        self._registry.reach(addresses.values(), self._tenants.place)
+        self._members = members_of(addresses.values(), self._tenants.place)
+        self._looked = time.monotonic()
+        return addresses
 
     @property
     def _ids(self) -> set[str]:
@@ -183,7 +182,7 @@ class Overseer:
             return
         first = ShardMap(1, self._layout(addresses))
         first.check()
-        away = tell(first, self._tenants[0].place)
+        away = tell(first, self._tenants.place)
         for error in away.values():
             raise error
         self._registry.learn(first)
@@ -222,7 +221,7 @@ class Overseer:
         self._healed = time.monotonic()
         if report.copied or report.deleted:
             log.info("healed: copied %d documents, deleted %d", report.copied, report.deleted)
-        self._members = members_of(self._members, self._tenants[0].place)
+        self._members = members_of(self._members, self._tenants.place)
 
     def _move(self, caretaker: Caretaker, addresses: dict[Copy, str]) -> None:
         """Change to the shards that are wanted; a change that was cut off goes on first."""
@@ -254,39 +253,13 @@ class Overseer:
         self._doing = f"{text}: {part:,} of {whole:,}"
         if self._stopping.is_set():
             raise _Stopped
+        if time.monotonic() > self._looked + _LOOK_S:
+            self._look()
 
     def _tell(self, problem: str) -> None:
         if problem != self._problem:
             log.warning("%s", problem)
         self._problem = problem
-
-    # --- Connections ---
-
-    def _read_tokens(self) -> None:
-        """Take up the tokens; connections are made anew when a file has changed."""
-        secrets = tuple(_secret(file) for file in self._plan.security.token_files) or ("",)
-        if secrets != self._secrets:
-            before, self._tenants = self._tenants, self._lines(secrets)
-            self._secrets = secrets
-            for lines in before:
-                lines.close()
-
-    def _lines(self, secrets: tuple[str, ...]) -> tuple[Lines, ...]:
-        """Connections with each tenant's token."""
-        security = self._plan.security
-        tls = None
-        if security.tls_certificate is not None:
-            mutual = security.tls_client_ca is not None
-            tls = Tls(
-                ca=_path(security.ca),
-                certificate=_path(security.tls_certificate) if mutual else None,
-                key=_path(security.tls_key) if mutual else None,
-            )
-
-        def lines_of(secret: str) -> Lines:
-            return Lines(lambda authority: Address(authority, authority, tls, secret or None), _LINE)
-
-        return tuple(lines_of(secret) for secret in secrets)
 
 
 class _Stopped(Exception):
@@ -318,14 +291,3 @@ def appoint(plan: Plan) -> Any:
 def _own_directory(plan: Plan) -> Path:
     own = ray.get_runtime_context().get_node_id()
     return plan.directory(next(node["NodeName"] for node in ray.nodes() if node["NodeID"] == own))
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
-
-
-def _secret(file: str) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise InvalidArgument(f"the token file {file} cannot be read on the head node: {error.strerror}") from None

@@ -40,6 +40,7 @@ class Plan:
     gpus: float = 0.0  # Of each service.
     replace_after_s: float = 30.0  # A copy whose node is gone is made anew elsewhere after this.
     heal_every_s: float = 60.0
+    hung_after_s: float = 60.0  # A service that does not say so long that it lives is killed and started again.
 
     def directory(self, node: str) -> Path:
         """Where services on a node of that name keep their data."""

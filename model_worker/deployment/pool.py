@@ -10,42 +10,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
-from threading import Thread
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 
-from memory_service.errors import FailedPrecondition, FotError, Internal, InvalidArgument, Unavailable
+from memory_service.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
+from model_worker.deployment.backlog import Backlog, Job
 from model_worker.deployment.runtime import Cluster
+from model_worker.deployment.worker import AT_ONCE, Worker, WorkerActor
 
-AT_ONCE = 2  # Tasks of a worker.
 ATTEMPTS = 3  # Of a task whose workers die: maybe it kills them.
 STARTS = 3  # Of workers in a row that die before they are open.
 IDLE_S = 10.0  # Then a worker beyond the least goes.
 OPEN_S = 900.0  # To wait for the first worker: a cluster may have to start a machine, and a model takes a while.
 _SAY_S = 60.0  # Then it is said that none is open.
 _TURN_S = 1.0
-_TOLD = (FotError, OSError)
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
-TaskIn = TypeVar("TaskIn", contravariant=True)
-AnswerOut = TypeVar("AnswerOut", covariant=True)
-Tell = Callable[[Any], None]
-
-
-class Worker(Protocol[TaskIn, AnswerOut]):
-    """Does tasks, two at a time in threads."""
-
-    def work(self, task: TaskIn, tell: Tell) -> AnswerOut:
-        """Raises FotError or OSError for what another worker could not do either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +62,10 @@ class Crew:
         return max(1, int(self.cpus))
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A task on its way."""
-
-    task: Any
-    attempts: int = 0
-
-
 class _Event(NamedTuple):
     """Something a worker said of a job, or, with `lost`, that the job is to be done again."""
 
-    job: _Job
+    job: Job
     kind: str  # told, done or lost
     what: Any = None
 
@@ -98,7 +76,7 @@ class _Place:
 
     actor: Any
     opening: Any  # A reference until the worker is open, then None.
-    jobs: dict[Any, _Job] = field(default_factory=dict)  # By the stream that what they tell comes in.
+    jobs: dict[Any, Job] = field(default_factory=dict)  # By the stream that what they tell comes in.
     idle_since: float = field(default_factory=time.monotonic)
 
 
@@ -132,7 +110,7 @@ class Pool(Generic[Task, Answer]):
         Raises what a worker raises, Unavailable for a task that no worker survives and if no worker can be placed,
         Internal for a defect.
         """
-        backlog = _Backlog(tasks)
+        backlog = Backlog(tasks)
         while True:
             while (place := self._roomiest()) is not None and (job := backlog.take()) is not None:
                 job.attempts += 1
@@ -164,7 +142,7 @@ class Pool(Generic[Task, Answer]):
     def _start(self) -> None:
         # A worker that dies is replaced here rather than by Ray, which would do its tasks again behind our back.
         options = {"num_cpus": self._crew.cpus, "num_gpus": self._crew.gpus, "scheduling_strategy": "SPREAD"}
-        actor = ray.remote(_Actor).options(max_restarts=0, max_concurrency=AT_ONCE + 1, **options).remote()
+        actor = ray.remote(WorkerActor).options(max_restarts=0, max_concurrency=AT_ONCE + 1, **options).remote()
         self._places.append(_Place(actor, actor.open.remote(self._make, self._crew.threads)))
 
     def _end(self, place: _Place) -> None:
@@ -251,73 +229,6 @@ class Pool(Generic[Task, Answer]):
         if not self._said:
             self._said = True
             logging.getLogger(__name__).warning("%s", words)
-
-
-class _Backlog:
-    """Tasks that wait: those to be done again, then those that come."""
-
-    def __init__(self, tasks: Iterable[Any]):
-        self._tasks = iter(tasks)
-        self._jobs: deque[_Job] = deque()
-
-    @property
-    def more(self) -> bool:
-        """Whether a task waits; draws one to know."""
-        if not self._jobs:
-            for task in self._tasks:
-                self._jobs.append(_Job(task))
-                break
-        return bool(self._jobs)
-
-    def take(self) -> _Job | None:
-        """The next, if there is one."""
-        return self._jobs.popleft() if self.more else None
-
-    def give_back(self, job: _Job) -> None:
-        """It is the next again."""
-        self._jobs.appendleft(job)
-
-
-class _Actor:
-    """A worker in a process of Ray's."""
-
-    def __init__(self) -> None:
-        self._worker: Worker[Any, Any] | None = None
-
-    def open(self, make: Callable[[], Worker[Any, Any]], threads: int) -> Exception | None:
-        """What opening failed with, as a value: raised, Ray would wrap it."""
-        import torch
-
-        torch.set_num_threads(threads)
-        try:
-            self._worker = make()
-        except _TOLD as error:
-            return error
-        return None
-
-    def work(self, task: Any) -> Iterator[list[tuple[str, Any]]]:
-        """What the worker tells, as it tells it, and its answer or error last; what comes together goes together."""
-        queue: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        Thread(target=self._work, args=(task, queue), daemon=True).start()
-        kind = "told"
-        while kind == "told":
-            said = [queue.get()]
-            with suppress(Empty):
-                while said[-1][0] == "told":
-                    said.append(queue.get_nowait())
-            kind, what = said[-1]
-            if kind == "broken":
-                raise what
-            yield said
-
-    def _work(self, task: Any, said: SimpleQueue[tuple[str, Any]]) -> None:
-        assert self._worker is not None
-        try:
-            said.put(("done", self._worker.work(task, lambda what: said.put(("told", what)))))
-        except _TOLD as error:
-            said.put(("failed", error))
-        except BaseException as error:  # Raised in the thread that Ray watches.
-            said.put(("broken", error))
 
 
 def _last(error: Exception) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from model_worker.deployment.heartbeat import Heartbeat
 from model_worker.deployment.leash import leashed
 
 FIRST_PAUSE_S = 0.2
@@ -23,12 +24,15 @@ _SERVES = re.compile(r"^fot serves .* at grpcs?://(\S+?:(\d+))(,|$)")
 class ServiceProcess:
     """One service over one directory, at a port that it keeps as long as it is free. Thread-safe."""
 
-    def __init__(self, directory: Path, host: str, arguments: Sequence[str], environment: Mapping[str, str]):
-        """Starts at once. `arguments` are further ones of `fot serve`."""
+    def __init__(
+        self, directory: Path, host: str, arguments: Sequence[str], environment: Mapping[str, str], hung_after_s: float
+    ):
+        """Starts at once. `arguments` are further ones of `fot serve`; one that is silent for so long is killed."""
         self.directory = directory
         self._host = host
         self._arguments = tuple(arguments)
         self._environment = dict(environment)
+        self._hung_after_s = hung_after_s
         self._port_file = directory.with_name(directory.name + ".port")
         self._stopping = threading.Event()
         self._process: subprocess.Popen[str] | None = None
@@ -72,40 +76,43 @@ class ServiceProcess:
         self.directory.mkdir(parents=True, exist_ok=True)
         listen = f"{self._host}:{self._known_port()}"
         command = [sys.executable, "-m", "memory_service.cli", "serve", str(self.directory), "--listen", listen]
-        self._process = process = subprocess.Popen(
-            leashed([*command, *self._arguments]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self._environment,
-        )
-        self.starts += 1
         told: list[str] = []
-        relay = threading.Thread(target=self._relay, args=(process, told), daemon=True)
-        relay.start()
+        with Heartbeat(self._hung_after_s) as heartbeat:
+            self._process = process = subprocess.Popen(
+                leashed([*command, *self._arguments]),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=self._environment | heartbeat.environment,
+            )
+            self.starts += 1
+            readers = (
+                threading.Thread(target=_relay, args=(process, told), daemon=True),
+                threading.Thread(target=self._meet, args=(process,), daemon=True),
+            )
+            for one in readers:
+                one.start()
+            hung = heartbeat.watch(process)
+        for one in readers:
+            one.join()
+        self.address = ""
+        last = next((line for line in reversed(told) if line.startswith("fot: ")), "").removeprefix("fot: ")
+        self.problem = last or f"its process ended (exit code {process.returncode})"
+        if hung:
+            self.problem = f"its process hung: it was silent for {self._hung_after_s:g} s, and was killed"
+            sys.stderr.write(f"{self.problem}\n")
+        if "cannot listen" in last:
+            self._port_file.unlink(missing_ok=True)
+
+    def _meet(self, process: subprocess.Popen[str]) -> None:
+        """It says where it listens."""
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
                 if found := _SERVES.match(line.strip()):
                     self._port_file.write_text(found[2])
                     self.address, self.problem = found[1], ""
-        code = process.wait()
-        relay.join()
-        self.address = ""
-        last = next((line for line in reversed(told) if line.startswith("fot: ")), "").removeprefix("fot: ")
-        self.problem = last or f"its process ended (exit code {code})"
-        if "cannot listen" in last:
-            self._port_file.unlink(missing_ok=True)
-
-    def _relay(self, process: subprocess.Popen[str], told: list[str]) -> None:
-        """Its log is ours, where Ray shows it; the last lines say why it ended."""
-        assert process.stderr is not None
-        with process.stderr as lines:
-            for line in lines:
-                sys.stderr.write(line)
-                told.append(line.strip())
-                del told[:-20]
 
     def _known_port(self) -> int:
         with suppress(OSError, ValueError):
@@ -116,5 +123,17 @@ class ServiceProcess:
 def environment_of(settings: Mapping[str, str]) -> dict[str, str]:
     """A service's environment: this process's without what Ray set for its workers, and the settings."""
     # Ray gives actors without CPUs one thread, and those without GPUs none to see.
-    of_ray = {"OMP_NUM_THREADS"} | ({"CUDA_VISIBLE_DEVICES"} if not os.environ.get("CUDA_VISIBLE_DEVICES") else set())
-    return {name: value for name, value in os.environ.items() if name not in of_ray} | dict(settings)
+    not_its = {"OMP_NUM_THREADS", "WATCHDOG_PID"}
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        not_its.add("CUDA_VISIBLE_DEVICES")
+    return {name: value for name, value in os.environ.items() if name not in not_its} | dict(settings)
+
+
+def _relay(process: subprocess.Popen[str], told: list[str]) -> None:
+    """Its log is ours, where Ray shows it; the last lines say why it ended."""
+    assert process.stderr is not None
+    with process.stderr as lines:
+        for line in lines:
+            sys.stderr.write(line)
+            told.append(line.strip())
+            del told[:-20]

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from model_worker.deployment.pool import Pool, Tell
+from model_worker.deployment.pool import Pool
+from model_worker.deployment.worker import Tell
 from model_worker.evaluation.report import Report
 from model_worker.evaluation.steps import Work
 from model_worker.evaluation.subject import Subject

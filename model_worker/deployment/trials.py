@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model_worker.deployment.pool import Crew, Pool, Tell
+from model_worker.deployment.pool import Crew, Pool
 from model_worker.deployment.runtime import Cluster
+from model_worker.deployment.worker import Tell
 from model_worker.evaluation.passkey import Parts, Plan, Unwatched, Watcher, outcome_of, report_of
 from model_worker.evaluation.report import Report
 from model_worker.evaluation.trials import Outcome, Trial

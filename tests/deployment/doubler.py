@@ -6,7 +6,7 @@ import os
 import signal
 
 from memory_service.errors import InvalidArgument
-from model_worker.deployment.pool import Tell
+from model_worker.deployment.worker import Tell
 
 
 class Doubler:

@@ -151,7 +151,7 @@ def test_every_document_is_stored_once_though_a_worker_and_a_node_are_killed(
 
 
 def workers(nodes: RayNodes) -> list[psutil.Process]:
-    return [one for one in nodes.processes if one.name().startswith("ray::_Actor")]
+    return [one for one in nodes.processes if one.name().startswith("ray::WorkerActor")]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from memory_service.client.places import Address
 from memory_service.cluster.place import Lines
 from memory_service.errors import DataLoss, Unavailable
 from memory_service.shards import Shard, ShardMap
+from model_worker.deployment.heartbeat import Heartbeat
 from model_worker.deployment.memory_cluster import settings_of
 from model_worker.deployment.placement import Node, home, seat
 from model_worker.deployment.plan import Copy
 from model_worker.deployment.registry import Registry, map_in
+from model_worker.deployment.service_process import ServiceProcess, environment_of
+from tests.deployment.nodes import ROOT
 from tests.deployment.traffic import until
 
 MAP = ShardMap(3, (Shard("s0", ("127.0.0.1:1",)),), (Shard("s1", ("127.0.0.1:2",)),), switched=True)
@@ -111,3 +115,38 @@ def test_what_is_on_a_leash_ends_with_its_parent_however_that_ends() -> None:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10.0)
+
+
+BEATING = (
+    "import os, socket, sys, time; s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); "
+    "beats, rest = int(sys.argv[1]), float(sys.argv[2]); "
+    "[(s.sendto(b'WATCHDOG=1', os.environ['NOTIFY_SOCKET']), time.sleep(0.1)) for _ in range(beats)]; time.sleep(rest)"
+)
+
+
+@pytest.mark.parametrize(
+    ("beats", "rest_s", "hangs"),
+    [(3, 60, True), (20, 0, False), (0, 2, False)],
+    ids=["beats and falls silent", "beats to its end", "is still starting"],
+)
+def test_a_process_that_falls_silent_is_ended_and_no_other(beats: int, rest_s: float, hangs: bool) -> None:
+    with Heartbeat(1.0) as heartbeat:
+        command = [sys.executable, "-c", BEATING, str(beats), str(rest_s)]
+        process = subprocess.Popen(command, env=os.environ | heartbeat.environment, text=True)
+        assert heartbeat.watch(process) is hangs
+    assert process.returncode == (-signal.SIGKILL if hangs else 0)
+
+
+def test_a_service_that_hangs_is_started_again_at_its_address(tmp_path: Path) -> None:
+    environment = environment_of({"FOT_DRAIN_GRACE_S": "0.2"}) | {"PYTHONPATH": str(ROOT)}
+    service = ServiceProcess(tmp_path / "data", "127.0.0.1", (), environment, hung_after_s=3.0)
+    try:
+        until(lambda: bool(service.address))
+        before = (service.address, service.pid)
+        os.kill(service.pid, signal.SIGSTOP)
+        until(lambda: "it was silent for 3 s" in service.problem or service.starts == 2)
+        until(lambda: bool(service.address))
+        assert service.address == before[0] and service.pid != before[1]
+    finally:
+        service.stop(10.0)
+    assert not psutil.pid_exists(before[1])
