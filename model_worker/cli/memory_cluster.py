@@ -38,6 +38,12 @@ def up(
         str | None,
         typer.Option(help="A directory on every node, by default ~/.local/share/fot; {node} in it is the node's name."),
     ] = None,
+    snapshots: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FOT_STORE__SNAPSHOTS", help="Where snapshots are kept: a directory that all nodes share, as NFS."
+        ),
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="The file that fot token keeps, at this path on every node.")
     ] = None,
@@ -56,7 +62,10 @@ def up(
     ] = None,
     give_up: Annotated[
         list[str] | None,
-        typer.Option(metavar="SHARD", help="A shard whose data is gone for good, as s1: it begins again, empty."),
+        typer.Option(
+            metavar="SHARD",
+            help="A shard whose data is gone for good, as s1: it begins again with its newest snapshots, or empty.",
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when all is there and moved.")] = True,
     timeout: Annotated[float | None, typer.Option("--timeout-s", min=0, help="The longest to wait.")] = None,
@@ -83,6 +92,7 @@ def up(
         shards=shards,
         replicas=replicas,
         data=None if data is None else data if data.startswith("~") else str(Path(data).absolute()),
+        snapshots=None if snapshots is None else str(snapshots.absolute()),
         security=None if security == Security() else security,
         gpus=gpus,
         replace_after_s=replace_after,

@@ -13,7 +13,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from model_worker.deployment.keeper import hire, survey
 from model_worker.deployment.placement import Node, home, seat
-from model_worker.deployment.plan import NAMESPACE, Copy, Plan, Report, keeper_name
+from model_worker.deployment.plan import NAMESPACE, Copy, Plan, Report, Start, keeper_name
 from model_worker.deployment.registry import Registry, map_in
 
 _REPORT_S = 5.0
@@ -36,7 +36,7 @@ class Crew:
         """Which copies there are to be, besides those that are there."""
         self.wanted = tuple(sorted({*copies, *self._handles}))
 
-    def look(self, registry: Registry, may_begin_empty: Callable[[Copy], bool]) -> None:
+    def look(self, registry: Registry, start_of: Callable[[Copy], Start]) -> None:
         """Ask every keeper, and hire those that are missing."""
         for copy in self.wanted:
             if copy not in self._handles:
@@ -57,32 +57,34 @@ class Crew:
                 self._lost.setdefault(copy, time.monotonic())
         self.reports, self.problems = reports, problems
         if len(self._handles) < len(self.wanted):
-            self._hire(registry, may_begin_empty)
+            self._hire(registry, start_of)
 
-    def _hire(self, registry: Registry, may_begin_empty: Callable[[Copy], bool]) -> None:
+    def _hire(self, registry: Registry, start_of: Callable[[Copy], Start]) -> None:
         nodes = self._nodes(registry)
         seats = {copy: report.node for copy, report in self.reports.items()}
         for copy in self.wanted:
             if copy in self._handles:
                 continue
             node = home(copy, nodes, seats)
-            if node is None and not may_begin_empty(copy):
+            start = Start.EMPTY if node is not None else start_of(copy)
+            if start is Start.NOT:
                 self.problems[copy] = self._gone(copy)
                 continue
             if node is None and time.monotonic() < self._lost.get(copy, -math.inf) + self._plan.replace_after_s:
                 self.problems[copy] = "its node is gone; another takes its place unless it comes back soon"
                 continue
             node = node or seat(copy, nodes, seats)
-            self._handles[copy] = hire(self._plan, copy, node.id)
+            self._handles[copy] = hire(self._plan, copy, node.id, start)
             self.problems[copy] = "its keeper is starting"
             self._kept.pop(node.id, None)  # It changes from now on.
             seats[copy] = node.id
 
     def _gone(self, copy: Copy) -> str:
         copies = "its only copy" if self._plan.replicas == 1 else "every copy"
+        left = "what no snapshot has" if self._plan.snapshots else "the documents"
         return (
             f"no node has its data: {copies} of shard {copy.shard_id} was on nodes that are gone. Bring one back, or "
-            f"give the documents up with `fot up --ray --give-up {copy.shard_id}`"
+            f"give {left} up with `fot up --ray --give-up {copy.shard_id}`"
         )
 
     def _nodes(self, registry: Registry) -> list[Node]:

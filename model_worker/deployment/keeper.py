@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from model_worker.deployment.plan import NAMESPACE, Copy, Plan, Report, keeper_name
+from model_worker.deployment.plan import NAMESPACE, Copy, Plan, Report, Start, keeper_name
 from model_worker.deployment.service_process import ServiceProcess, environment_of
 
 MEMBERSHIP = "cluster.json"  # What a service remembers of its cluster, in its directory.
@@ -21,7 +21,7 @@ _DRAIN_S = 30.0
 class Keeper:
     """Keeps one copy of a shard on the node it runs on."""
 
-    def __init__(self, plan: Plan, copy: Copy):
+    def __init__(self, plan: Plan, copy: Copy, start: Start):
         node = _own_node()
         security = plan.security
         host = node["NodeManagerAddress"] if security.network else _LOOPBACK
@@ -30,10 +30,13 @@ class Keeper:
             "--tls-certificate": security.tls_certificate,
             "--tls-key": security.tls_key,
             "--tls-client-ca": security.tls_client_ca,
+            "--snapshots": plan.snapshots,
         }
         arguments = [part for name, value in given.items() if value is not None for part in (name, value)]
         if security.insecure:
             arguments.append("--insecure")
+        if start is Start.SNAPSHOTS:
+            arguments += ["--begin-from-snapshots", "--begin-from-shard", copy.shard_id]
         self._node = node
         directory = plan.directory(node["NodeName"]) / str(copy)
         environment = environment_of(dict(plan.settings))
@@ -63,8 +66,10 @@ class Keeper:
                 directory.parent.rmdir()  # If it was the last.
 
 
-def hire(plan: Plan, copy: Copy, node: str) -> Any:
+def hire(plan: Plan, copy: Copy, node: str, start: Start = Start.EMPTY) -> Any:
     """Start the keeper of a copy on a node (by id), or find the one there is. Gives the actor's handle.
+
+    `start` says how its service begins if there are no data of it on the node.
 
     Without the node there is no keeper: the data lies on its disk, and where else it could be is not Ray's to know.
     """
@@ -82,7 +87,7 @@ def hire(plan: Plan, copy: Copy, node: str) -> Any:
             max_concurrency=4,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
-        .remote(plan, copy)
+        .remote(plan, copy, start)
     )
 
 

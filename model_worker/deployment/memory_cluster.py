@@ -26,7 +26,7 @@ _BEGIN_S = 180.0  # Of an overseer: it loads torch, on however busy a machine.
 _CLOSE_S = 120.0
 _OF_CLIENTS = ("FOT_TARGET", "FOT_TOKEN", "FOT_TOKEN_FILE", "FOT_CA", "FOT_DEBUG")
 _OF_KEEPERS = ("FOT_DATA", "FOT_LISTEN", "FOT_TOKENS", "FOT_TLS_CERTIFICATE", "FOT_TLS_KEY", "FOT_TLS_CLIENT_CA",
-               "FOT_INSECURE", "FOT_METRICS")  # fmt: skip
+               "FOT_INSECURE", "FOT_METRICS", "FOT_STORE__SNAPSHOTS")  # fmt: skip
 
 
 def settings_of(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

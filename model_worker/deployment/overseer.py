@@ -18,7 +18,7 @@ from memory_service.cluster.directory import members_of, tell
 from memory_service.errors import FotError
 from memory_service.shards import Member, Shard, ShardMap
 from model_worker.deployment.crew import Crew
-from model_worker.deployment.plan import NAMESPACE, ClusterState, Copy, CopyState, Plan, Report, overseer_name
+from model_worker.deployment.plan import NAMESPACE, ClusterState, Copy, CopyState, Plan, Report, Start, overseer_name
 from model_worker.deployment.registry import Registry
 from model_worker.deployment.tenants import Tenants
 
@@ -146,7 +146,7 @@ class Overseer:
     def _look(self) -> dict[Copy, str]:
         """See how keepers and services are, and hire keepers where they are missing; the addresses of services."""
         self._crew.want(self._copies())
-        self._crew.look(self._registry, self._may_begin_empty)
+        self._crew.look(self._registry, self._start_of)
         addresses = {copy: report.address for copy, report in self._crew.reports.items() if report.address}
         self._registry.reach(addresses.values(), self._tenants.place)
         self._members = members_of(addresses.values(), self._tenants.place)
@@ -165,15 +165,17 @@ class Overseer:
         numbers = {int(one[1:]) for one in ids} | set(range(self._shards))
         return [Copy(shard, replica) for shard in sorted(numbers) for replica in range(self._plan.replicas)]
 
-    def _may_begin_empty(self, copy: Copy) -> bool:
-        """Whether a copy without data loses nothing: its shard is new or given up, or another copy has it all."""
+    def _start_of(self, copy: Copy) -> Start:
+        """How a copy without data may begin so that nothing is lost unseen."""
         known = self._registry.known
         ids = {shard.id for shard in (*known.shards, *known.also)} if known else set()
-        if copy.shard_id not in ids or copy.shard in self._given_up:
-            return True
         siblings = [report for other, report in self._crew.reports.items() if other.shard == copy.shard]
         members = [self._members.get(report.address) for report in siblings]
-        return any(isinstance(one, Member) and one.map is not None for one in members)
+        if copy.shard_id not in ids or any(isinstance(one, Member) and one.map is not None for one in members):
+            return Start.EMPTY
+        if copy.shard in self._given_up:
+            return Start.SNAPSHOTS if self._plan.snapshots else Start.EMPTY
+        return Start.NOT
 
     def _publish_first(self, addresses: dict[Copy, str]) -> None:
         """Tell a new cluster its map, once everybody is there."""
@@ -188,12 +190,15 @@ class Overseer:
         self._registry.learn(first)
 
     def _publish(self, caretaker: Caretaker, known: ShardMap, addresses: dict[Copy, str]) -> None:
-        """Tell everybody the addresses that have changed."""
+        """Tell everybody the addresses that have changed, of those that answer: one may be filling from snapshots."""
         shards = []
         for shard in known.shards:
-            number = int(shard.id[1:])
-            copies = [Copy(number, replica) for replica in range(len(shard.addresses))]
-            shards.append(Shard(shard.id, tuple(map(lambda c, a: addresses.get(c, a), copies, shard.addresses))))
+            now = list(shard.addresses)
+            for replica in range(len(now)):
+                address = addresses.get(Copy(int(shard.id[1:]), replica), "")
+                if isinstance(self._members.get(address), Member):
+                    now[replica] = address
+            shards.append(Shard(shard.id, tuple(now)))
         if tuple(shards) == known.shards:
             return
         new = {address for shard in shards for address in shard.addresses} - set(known.addresses)

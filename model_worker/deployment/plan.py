@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 NAMESPACE = "fot"  # Of all our actors, whatever the driver's.
@@ -36,6 +37,7 @@ class Plan:
     replicas: int
     data: str  # A directory on every node.
     security: Security = Security()
+    snapshots: str | None = None  # A directory that all nodes share; None: each service's own, lost with its disk.
     settings: tuple[tuple[str, str], ...] = ()  # Of the services' environment.
     gpus: float = 0.0  # Of each service.
     replace_after_s: float = 30.0  # A copy whose node is gone is made anew elsewhere after this.
@@ -61,6 +63,14 @@ class Copy:
 
     def __str__(self) -> str:
         return f"s{self.shard}-{self.replica}"
+
+
+class Start(Enum):
+    """How a copy begins whose data no node has."""
+
+    NOT = "not"  # Its shard is gone with what it held, until somebody gives that up.
+    EMPTY = "empty"  # It is new, or a replica fills it.
+    SNAPSHOTS = "snapshots"  # With the newest snapshots; empty where there are none.
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from memory_service import Coverage, Unavailable
+from memory_service import Client, Coverage, Unavailable
 from memory_service.cluster.caretaker import Caretaker
 from model_worker.deployment import memory_cluster
 from model_worker.deployment.plan import NAMESPACE, Copy, keeper_name
@@ -95,4 +95,26 @@ def test_with_one_replica_a_lost_node_is_an_error_or_exact_coverage_until_its_di
         same_as_one(memory, left, scope=left)
         ray_cluster.add("node-1")
         until_ready("once")
+        same_as_one(memory, NAMES)
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_given_up_begins_with_its_newest_snapshot(ray_cluster: RayNodes, tmp_path: Path) -> None:
+    wanted = plan("kept", tmp_path, shards=2, replicas=1, snapshots=str(tmp_path / "snapshots"))
+    with ray_cluster.whole_again(), running(wanted) as state, opened("kept") as memory:
+        put(memory, NAMES[:20])
+        with Client.open("ray://kept") as client:
+            client.wait(memory.snapshot("monday"))
+        put(memory, NAMES[20:])
+        lost = next(one.copy for one in state.copies if one.report and one.report.node_name == "node-1")
+        with Caretaker.open("ray://kept") as caretaker:
+            gone = [name for name in NAMES[20:] if caretaker.map.owner("m", name).id == lost.shard_id]
+        assert gone
+        ray_cluster.remove("node-1")
+        until(lambda: "give what no snapshot has up" in memory_cluster.told(memory_cluster.state_of("kept")))
+        memory_cluster.bring_up(wanted, give_up=[lost.shard])
+        until(lambda: len(reports("kept")) == 2)
+        until_ready("kept")
+        same_as_one(memory, [name for name in NAMES if name not in gone])
+        put(memory, gone)
         same_as_one(memory, NAMES)
