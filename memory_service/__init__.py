@@ -6,68 +6,73 @@ with Memory.open(":memory:", spec=spec) as memory:
     whole = merge([answer.partial, partial_of_the_window])
 """
 
-from memory_service.attention import merge
-from memory_service.client import (
-    ALL_DOCUMENTS,
-    AsyncClient,
-    AsyncMemory,
-    AsyncSession,
-    Client,
-    Memory,
-    ScopeLike,
-    Session,
-    Tls,
-    scope_of,
-)
-from memory_service.errors import (
-    AlreadyExists,
-    Cancelled,
-    DataLoss,
-    DeadlineExceeded,
-    FailedPrecondition,
-    FotError,
-    Internal,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-    QuotaExceeded,
-    ResourceExhausted,
-    SessionExpired,
-    Unauthenticated,
-    Unavailable,
-    WrongModel,
-)
-from memory_service.filters import Where
-from memory_service.settings import StoreOptions
-from memory_service.types import (
-    AllOf,
-    AnyOf,
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Attribution,
-    Compare,
-    Condition,
-    Coverage,
-    DocumentInfo,
-    DType,
-    Engine,
-    Fetched,
-    Fingerprint,
-    IndexPolicy,
-    Measured,
-    MemoryInfo,
-    MemorySpec,
-    Not,
-    Operation,
-    OperationKind,
-    OperationState,
-    Partial,
-    Scope,
-    SessionScope,
-    Stats,
-    TopTokens,
-)
+from typing import TYPE_CHECKING
+
+from memory_service.lazy import finder
+
+if TYPE_CHECKING:
+    from memory_service.attention import merge
+    from memory_service.client import (
+        ALL_DOCUMENTS,
+        AsyncClient,
+        AsyncMemory,
+        AsyncSession,
+        Client,
+        Memory,
+        ScopeLike,
+        Session,
+        Tls,
+        scope_of,
+    )
+    from memory_service.errors import (
+        AlreadyExists,
+        Cancelled,
+        DataLoss,
+        DeadlineExceeded,
+        FailedPrecondition,
+        FotError,
+        Internal,
+        InvalidArgument,
+        NotFound,
+        PermissionDenied,
+        QuotaExceeded,
+        ResourceExhausted,
+        SessionExpired,
+        Unauthenticated,
+        Unavailable,
+        WrongModel,
+    )
+    from memory_service.filters import Where
+    from memory_service.settings import StoreOptions
+    from memory_service.types import (
+        AllOf,
+        AnyOf,
+        Attended,
+        AttendGroup,
+        AttendOptions,
+        Attribution,
+        Compare,
+        Condition,
+        Coverage,
+        DocumentInfo,
+        DType,
+        Engine,
+        Fetched,
+        Fingerprint,
+        IndexPolicy,
+        Measured,
+        MemoryInfo,
+        MemorySpec,
+        Not,
+        Operation,
+        OperationKind,
+        OperationState,
+        Partial,
+        Scope,
+        SessionScope,
+        Stats,
+        TopTokens,
+    )
 
 __all__ = [
     "ALL_DOCUMENTS",
@@ -127,3 +132,6 @@ __all__ = [
     "merge",
     "scope_of",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = finder(__name__, __all__, ("errors", "types", "filters", "settings", "client", "attention"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memory_service import attention
-from memory_service.attention import Dense, TopK
+from memory_service.attention import Dense, TopK, is_finite
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.index import check_params
 from memory_service.indexed import candidates, covered, tail
@@ -38,7 +38,6 @@ from memory_service.types import (
     MemorySpec,
     Partial,
     TopTokens,
-    is_finite,
 )
 from memory_service.verbs import Attend
 

@@ -10,10 +10,11 @@ import time
 import torch
 from torch import Tensor
 
+from memory_service.attention import is_finite
 from memory_service.errors import InvalidArgument, QuotaExceeded, ResourceExhausted, SessionExpired
 from memory_service.settings import StoreOptions
 from memory_service.slabs import Run, Slab, clip, slab_rows
-from memory_service.types import MemorySpec, SessionAppend, SessionInfo, is_finite
+from memory_service.types import MemorySpec, SessionAppend, SessionInfo
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{16,128}")
 

@@ -12,12 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Generic, NamedTuple, TypeVar
-
-import torch
-from torch import Tensor
+from functools import cache
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from memory_service.errors import Cancelled, DeadlineExceeded, InvalidArgument, WrongModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -44,14 +46,18 @@ class DType(StrEnum):
 
     @property
     def torch(self) -> torch.dtype:
-        return _TORCH[self]
+        return _torch_of(self)
 
     @property
     def itemsize(self) -> int:
         return self.torch.itemsize
 
 
-_TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}
+@cache
+def _torch_of(dtype: DType) -> torch.dtype:
+    import torch  # It takes seconds, which a command that computes nothing should not.
+
+    return {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32}[dtype]
 
 
 def _brief(self: object) -> str:
@@ -59,7 +65,7 @@ def _brief(self: object) -> str:
     told = []
     for one in fields(self):  # type: ignore[arg-type]  # only dataclasses use it
         value = getattr(self, one.name)
-        text = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        text = f"{list(value.shape)} {value.dtype}" if hasattr(value, "numel") else repr(value)
         told.append(f"{one.name}={text}")
     return f"{type(self).__name__}({', '.join(told)})"
 
@@ -565,14 +571,6 @@ class Cancel:
             raise Cancelled("the caller cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise DeadlineExceeded("the deadline passed before the work was done; give more time or a smaller scope")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; aminmax is one pass, isfinite().all() costs 20 times as much."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def check_name(name: str, what: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from memory_service import Memory, NotFound
+from memory_service import NotFound
 from memory_service.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from memory_service import Memory
 
 PASSAGE_TOKENS = 64
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from memory_service import ALL_DOCUMENTS, Attended, AttendOptions, DType, Engine, Scope, ScopeLike, Where, scope_of
 from memory_service.client.arguments import options_of
 from memory_service.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Overflow(StrEnum):

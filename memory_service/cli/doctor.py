@@ -16,11 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 
-from memory_service.catalog import SQLITE_VERSION
 from memory_service.cli.console import Json, console, print_json, size
 from memory_service.errors import FotError
 from memory_service.vfs import OsVfs
@@ -86,6 +84,8 @@ def _print(finding: Finding) -> None:
 
 
 def _software() -> Iterator[Finding]:
+    from memory_service.catalog import SQLITE_VERSION  # Loads torch: fot --help does not wait for it.
+
     yield Finding("Python", Verdict.OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("fot-memory", "torch", "grpcio", "safetensors"):
         yield Finding(name, Verdict.OK, _version(name) or "not installed as a package")
@@ -105,6 +105,8 @@ def _sqlite(found: str) -> Finding:
 
 
 def _hardware() -> Iterator[Finding]:
+    import torch
+
     flags = _cpu_flags()
     wide = next(
         (name for name in ("avx512f", "avx2", "asimd", "neon") if name in flags), "no vector instructions known"
@@ -209,4 +211,8 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "" if name != "torch" else torch.__version__
+        if name != "torch":
+            return ""
+        import torch
+
+        return str(torch.__version__)

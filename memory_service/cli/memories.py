@@ -24,7 +24,7 @@ from memory_service.cli.console import (
     sure,
     when,
 )
-from memory_service.client import arguments
+from memory_service.client.arguments import describe
 from memory_service.types import DType, Fingerprint, IndexPolicy, MemoryInfo, MemorySpec
 from memory_service.verbs import CreateMemory, GetMemory
 
@@ -67,7 +67,7 @@ def create(
     if json:
         print_json(info)
     else:
-        say(f"Created memory {info.name}: {arguments.describe(info.spec)}; {size(spec.bytes_per_token)} a token.")
+        say(f"Created memory {info.name}: {describe(info.spec)}; {size(spec.bytes_per_token)} a token.")
 
 
 @app.command("ls")
@@ -84,7 +84,7 @@ def list_(
     if json:
         print_json(memories)
         return
-    rows = [(m.name, arguments.describe(m.spec), f"{m.documents:,}", f"{m.tokens:,}", size(m.bytes)) for m in memories]
+    rows = [(m.name, describe(m.spec), f"{m.documents:,}", f"{m.tokens:,}", size(m.bytes)) for m in memories]
     print_table("", ("memory", "keeps", "documents ", "tokens ", "size "), rows, "No memories yet: fot memory create.")
 
 

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from memory_service.catalog import Catalog
 from memory_service.cli.console import Json, counted, print_json, say, size
 from memory_service.errors import DataLoss, NotFound
-from memory_service.recovery import rebuild_catalog
-from memory_service.segments import SegmentFiles
 from memory_service.vfs import OsVfs
+
+if TYPE_CHECKING:
+    from memory_service.catalog import Catalog
+    from memory_service.segments import SegmentFiles
 
 CATALOG = "catalog.sqlite"
 
@@ -45,6 +46,10 @@ def verify(
     json: Json = False,
 ) -> None:
     """Read every byte of a data directory against its checksum. Exits with 1 if any is damaged."""
+    # Load torch: fot --help does not wait for it.
+    from memory_service.catalog import Catalog
+    from memory_service.segments import SegmentFiles
+
     if not directory.is_dir():
         raise NotFound(f"there is no directory {directory}")
     report = Report(str(directory))
@@ -68,6 +73,8 @@ def verify(
 
 
 def _rebuild(directory: Path, vfs: OsVfs, report: Report) -> None:
+    from memory_service.recovery import rebuild_catalog
+
     found = rebuild_catalog(directory / CATALOG, directory, vfs)
     report.adopted = found.adopted
     report.notes += found.problems

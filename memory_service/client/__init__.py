@@ -1,13 +1,18 @@
 """The typed client: the same verbs and errors in process, in a directory and over gRPC."""
 
-from memory_service.client.async_client import AsyncClient
-from memory_service.client.async_memory import AsyncMemory
-from memory_service.client.async_session import AsyncSession
-from memory_service.client.client import Client
-from memory_service.client.memory import Memory
-from memory_service.client.places import Tls
-from memory_service.client.scopes import ALL_DOCUMENTS, ScopeLike, scope_of
-from memory_service.client.session import Session
+from typing import TYPE_CHECKING
+
+from memory_service.lazy import finder
+
+if TYPE_CHECKING:
+    from memory_service.client.async_client import AsyncClient
+    from memory_service.client.async_memory import AsyncMemory
+    from memory_service.client.async_session import AsyncSession
+    from memory_service.client.client import Client
+    from memory_service.client.memory import Memory
+    from memory_service.client.places import Tls
+    from memory_service.client.scopes import ALL_DOCUMENTS, ScopeLike, scope_of
+    from memory_service.client.session import Session
 
 __all__ = [
     "ALL_DOCUMENTS",
@@ -21,3 +26,7 @@ __all__ = [
     "Tls",
     "scope_of",
 ]
+
+if not TYPE_CHECKING:
+    _HOMES = ("scopes", "places", "async_session", "session", "async_memory", "memory", "async_client", "client")
+    __getattr__ = finder(__name__, __all__, _HOMES)

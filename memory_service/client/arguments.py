@@ -5,10 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from memory_service.client.scopes import ScopeLike, scope_of
 from memory_service.errors import AlreadyExists, InvalidArgument
@@ -28,10 +25,13 @@ from memory_service.types import (
 )
 from memory_service.verbs import PutDocument
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Word = TypeVar("Word", bound=StrEnum)
 
 DENSE = AttendOptions()
-TokenIds = Tensor | Sequence[int] | None
+TokenIds: TypeAlias = "Tensor | Sequence[int] | None"
 UPLOAD_BYTES_PER_S = 8 << 20  # A put may take this much longer than other calls, so that large documents fit a default.
 
 
@@ -50,7 +50,9 @@ def fresh_request_id() -> str:
 
 def token_tensor(token_ids: TokenIds) -> Tensor | None:
     """Token ids as an int64 tensor [T]."""
-    if token_ids is None or isinstance(token_ids, Tensor):
+    import torch  # Whoever has tensors has it already; fot --help does not wait for it.
+
+    if token_ids is None or isinstance(token_ids, torch.Tensor):
         return token_ids
     try:
         return torch.tensor(token_ids, dtype=torch.int64)

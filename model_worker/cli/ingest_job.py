@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory_service import DocumentInfo, DType, Memory
-from memory_service.types import MemoryInfo, Scalar
 from model_worker.cli.crew import address_of, crew_of, device_of, model_of, token_of
 from model_worker.cli.opening import find_memory, load_model, load_tokenizer, open_memory
 from model_worker.cli.progress import Progress
 from model_worker.corpus import Choice, Notes, Reading, places, read
 
 if TYPE_CHECKING:
+    from memory_service import DocumentInfo, DType, Memory
+    from memory_service.types import MemoryInfo, Scalar
     from model_worker.ingest import Parts
     from model_worker.intake import IngestReport
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory_service import DType, Memory, MemorySpec, NotFound, Tls
+from memory_service import DType, NotFound
 from memory_service.errors import InvalidArgument
 from model_worker import reference
 from model_worker.settings import Recall, SelfExtend
@@ -15,6 +15,7 @@ from model_worker.settings import Recall, SelfExtend
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from memory_service import Memory, MemorySpec, Tls
     from model_worker.model import FotModel
 
 IN_MEMORY = ":memory:"
@@ -34,6 +35,8 @@ def open_memory(
 
     Raises NotFound without a spec, and what `Memory.open` raises.
     """
+    from memory_service import Memory  # Loads torch: fot --help does not wait for it.
+
     tls = tls_of(ca, target)
     return Memory.open(target, name, spec, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S)
 
@@ -70,6 +73,7 @@ def load_model(
     directory = checkpoint_of(directory)
     import torch
 
+    from memory_service import Memory
     from model_worker.fitting import spec_of
     from model_worker.model import FotModel
 
@@ -116,6 +120,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def tls_of(ca: Path | None, target: str) -> Tls | None:
     """What to trust, where the target may speak TLS: --ca may stand in the environment for other targets."""
+    from memory_service import Tls
+
     speaks = "://" in target and not target.startswith("grpc://")
     return Tls(ca=ca) if ca is not None and speaks else None
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memory_service import FailedPrecondition, Memory, NotFound, Scope
+from memory_service import FailedPrecondition, NotFound
 from memory_service.errors import InvalidArgument
 from model_worker.cli.opening import open_memory
 from model_worker.settings import Recall
 
 if TYPE_CHECKING:
+    from memory_service import Memory, Scope
     from model_worker.answering import Sampling
 
 TOP_K = 32

@@ -6,13 +6,11 @@ import json
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from memory_service.errors import InvalidArgument
 from model_worker.corpus.source import Source
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -23,6 +21,8 @@ def token_ids(source: Source, tokenizer: PreTrainedTokenizerBase | None, special
     the token that begins or ends texts, so that an empty file is a document like any other.
     Raises InvalidArgument if a text comes and no tokenizer is there, or for token ids that the tokenizer does not have.
     """
+    import torch  # fot --help does not wait for it.
+
     if source.token_ids is not None:
         ids = torch.tensor(source.token_ids, dtype=torch.int64)
         if tokenizer is not None and ids.numel() and int(ids.max()) >= len(tokenizer):
