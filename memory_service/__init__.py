@@ -65,6 +65,7 @@ from memory_service.types import (
     Partial,
     Scope,
     SessionScope,
+    Snapshot,
     Stats,
     TopTokens,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "Session",
     "SessionExpired",
     "SessionScope",
+    "Snapshot",
     "Stats",
     "StoreOptions",
     "Tls",

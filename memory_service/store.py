@@ -168,6 +168,8 @@ class Store:
         options = options or StoreOptions()
         vfs = vfs or OsVfs()
         if directory is None:
+            if options.begin_from_snapshots:
+                raise InvalidArgument("a store in RAM does not begin from snapshots; give it a directory")
             store = cls(Catalog.open(None), None, None, vfs, options)
         else:
             vfs.make_directory(directory)
