@@ -28,6 +28,7 @@ from memory_service.parts import PartHeader, SegmentRef, spec_to_json
 from memory_service.restored import check_restored, dead_in
 from memory_service.segments import SegmentFiles
 from memory_service.settings import StoreOptions
+from memory_service.shards import OTHER_NAME
 from memory_service.snapshot_file import Contents, Description, SegmentEntry, directory_name, tenant_directory
 from memory_service.snapshot_files import Found, SnapshotFiles
 from memory_service.types import (
@@ -275,7 +276,7 @@ class Snapshots:
             before = self._operations.find(tenant, name, OperationKind.RESTORE, one.id)
             if before is not None and before.state is OperationState.RUNNING:
                 return before
-            self._check_shards(told)
+            self._check_shards(told, name)
             self._memories.reserve(tenant, name, told.tokens * (told.memory.spec.bytes_per_token + 4))
             self._restoring.append(one)
 
@@ -344,7 +345,7 @@ class Snapshots:
         files.end_restore(key)
         return row
 
-    def _check_shards(self, told: Description) -> None:
+    def _check_shards(self, told: Description, name: str) -> None:
         """Raise FailedPrecondition unless this process may hold what the snapshot's did."""
         member = self._membership.member
         if member.map is not None and member.map.also:
@@ -359,6 +360,8 @@ class Snapshots:
                 "the cluster grow or shrink",
                 reason="OTHER_SHARDS",
             )
+        if not alone and name != told.memory.name:
+            raise FailedPrecondition(OTHER_NAME.format(told.memory.name), reason="OTHER_NAME")
 
 
 def _adding(progress: Progress, total: int) -> Callable[[int], None]:

@@ -9,12 +9,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memory_service.cluster.memories import check_each_shard, one_operation, operation_parts
-from memory_service.cluster.route import Route, lost_shard
+from memory_service.cluster.route import BEHIND, Route, lost_shard
 from memory_service.cluster.steps import Flow, Together, answers, outcomes
 from memory_service.errors import AlreadyExists, FailedPrecondition, FotError, NotFound, Unavailable
 from memory_service.paging import page_of
-from memory_service.shards import Shard, stamp_at
-from memory_service.types import MAX_PAGE_SIZE, Operation, OperationKind, OperationState, Page, Snapshot
+from memory_service.shards import OTHER_NAME, Shard, stamp_at
+from memory_service.types import (
+    MAX_PAGE_SIZE,
+    Operation,
+    OperationKind,
+    OperationState,
+    Page,
+    Snapshot,
+    check_snapshot_id,
+)
 from memory_service.verbs import (
     CancelOperation,
     CreateSnapshot,
@@ -60,6 +68,7 @@ def list_snapshots(route: Route, verb: ListSnapshots) -> Flow[Page[Snapshot]]:
 
 def get(route: Route, verb: GetSnapshot) -> Flow[Snapshot]:
     """One snapshot. NotFound if no process has a part of it."""
+    check_snapshot_id(verb.snapshot)
     parts = yield from _parts(route, "")
     if verb.snapshot not in parts:
         raise NotFound(f"no snapshot {verb.snapshot!r}")
@@ -82,6 +91,7 @@ def restore(route: Route, verb: RestoreSnapshot) -> Flow[Operation]:
 
     Everybody must be there: who is away may come back with an older memory of the same name.
     """
+    check_snapshot_id(verb.snapshot)
     _check_settled(route)
     listed = yield from _listed(route, route.map.addresses, "")
     held = {address: [one for one in mine if one.id == verb.snapshot] for address, mine in listed.items()}
@@ -102,9 +112,11 @@ def restore(route: Route, verb: RestoreSnapshot) -> Flow[Operation]:
             "cluster of the same shards, then let that grow or shrink",
             reason="OTHER_SHARDS",
         )
+    if len(route.map.ids) > 1 and verb.memory not in ("", told.memory):
+        raise FailedPrecondition(OTHER_NAME.format(told.memory), reason="OTHER_NAME")
     holders, lacking = _holders(route, held)
+    yield from _check_free(route, verb.memory or told.memory)
     for address in lacking:
-        yield from _check_free(route, address, verb.memory or told.memory)
         yield from route.at(address, MarkBehind(route.stamps.next()))
     found = outcomes((yield Together([route.at(address, verb) for address in holders])))
     begun = {address: one for address, one in zip(holders, found, strict=True) if isinstance(one, Operation)}
@@ -154,12 +166,17 @@ def _holders(route: Route, held: dict[str, list[Snapshot]]) -> tuple[list[str], 
     return holders, [address for address in held if address not in holders]
 
 
-def _check_free(route: Route, address: str, name: str) -> Flow[None]:
-    try:
-        yield from route.at(address, GetMemory(name))
-    except NotFound:
-        return
-    raise AlreadyExists(f"there is a memory {name!r} already; restore under another name, or delete that one first")
+def _check_free(route: Route, name: str) -> Flow[None]:
+    """Raise unless every process lacks nothing but a memory of this name."""
+    for address, found in (yield from route.everywhere(route.map.addresses, GetMemory(name))).items():
+        if isinstance(found, Unavailable) and found.code == BEHIND:
+            raise Unavailable(f"{address} may lack writes; heal the cluster, then restore", reason=BEHIND)
+        if not isinstance(found, FotError):
+            raise AlreadyExists(
+                f"there is a memory {name!r} already; restore under another name, or delete that one first"
+            )
+        if not isinstance(found, NotFound):
+            raise found
 
 
 def _check_settled(route: Route) -> None:

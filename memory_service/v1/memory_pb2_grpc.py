@@ -456,8 +456,8 @@ class MemoryServiceServicer:
         """ADMIN. Makes a new memory of a snapshot: the same documents, generations and times. The answer is an operation; the
         memory appears, whole, once every byte was checked. NOT_FOUND. ALREADY_EXISTS: the memory's name is taken.
         DATA_LOSS: the snapshot's description is damaged; of damaged segments the operation fails, naming file and chunk, and
-        nothing is left. FAILED_PRECONDITION: another layout of shards (OTHER_SHARDS), MOVING, NO_FILES. RESOURCE_EXHAUSTED
-        with QuotaFailure: the tenant's memories or bytes.
+        nothing is left. FAILED_PRECONDITION: another layout of shards (OTHER_SHARDS) or, of several shards, another name
+        (OTHER_NAME), MOVING, NO_FILES. RESOURCE_EXHAUSTED with QuotaFailure: the tenant's memories or bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -359,7 +359,9 @@ def test_a_shards_part_is_restored_into_the_same_shard_alone(data: Path, tmp_pat
         done(store, verbs.CreateSnapshot("m", "one"))
         told = store.run(ME, verbs.GetSnapshot("one"))
         assert (told.shard, told.shards) == ("s0", ("s0", "s1"))
-        done(store, verbs.RestoreSnapshot("one", "again"))
+        assert refused(store, verbs.RestoreSnapshot("one", "again")).code == "OTHER_NAME"
+        store.run(ME, verbs.DeleteMemory("m"))
+        done(store, verbs.RestoreSnapshot("one"))
         assert "as many shards" in failed(store, verbs.RestoreSnapshot("before", "n"))
         moving = replace(two, epoch=2, also=(Shard("s0", ("a:1",)),))
         store.run(ME, verbs.SetShardMap(moving, "s0"))
