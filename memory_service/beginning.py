@@ -100,9 +100,9 @@ def begin(snapshots: Snapshots, shard: str, known: Collection[tuple[str, str]], 
 
 def _restored(snapshots: Snapshots, tenant: str, name: str, one: _Candidate, cancel: Cancel) -> bool:
     which = one.found.name
+    if one.problem:
+        return False
     try:
-        if one.problem:
-            raise DataLoss(one.problem)
         outcome = snapshots.restore_now(one.found, tenant, name, lambda done, total: None, cancel)
     except (DataLoss, NotFound) as error:
         told = "a snapshot is damaged; an older one is tried"
@@ -146,4 +146,6 @@ def _candidate(files: SnapshotFiles, one: Found) -> tuple[tuple[str, str], _Cand
             f"{files.path(one)} does not say which memory it is of ({problem}; {error.message}); mend it, or remove it "
             "to begin without"
         ) from error
+    what = "a snapshot's description is damaged; others are tried"
+    event(logging.ERROR, what, tenant=memory.tenant, memory=memory.name, snapshot=one.name, problem=problem)
     return (memory.tenant, memory.name), _Candidate(0.0, one, problem)

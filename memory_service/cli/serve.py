@@ -100,12 +100,12 @@ def serve(
         where = ", ".join(_target(address, tls=settings.tls_certificate is not None) for address in server.addresses)
         sys.stdout.write(f"fot serves {settings.data} at {where}\n")
         sys.stdout.flush()
+        if store.beginning:
+            threading.Thread(target=_begin, args=(store, failed), name="fot-begin", daemon=True).start()
 
     failed: list[FotError] = []
     with Store.open(data, settings.store, begin=False) as store:
         keep_freed_memory()
-        if store.beginning:
-            threading.Thread(target=_begin, args=(store, failed), name="fot-begin", daemon=True).start()
         run(serve_until_stopped(store, settings, announce))
     if failed:
         raise failed[0]

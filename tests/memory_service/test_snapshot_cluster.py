@@ -115,6 +115,7 @@ def test_replicas_without_the_snapshot_answer_nothing_until_they_have_its_memory
         assert caretaker.status().whole, "looking at the operation again must not make anyone lack anything"
 
 
+@pytest.mark.parametrize("pairs", [SHARED], indirect=True)
 def test_listings_join_shards_and_say_what_is_missing(pairs: list[Service]) -> None:
     with Client.open(of(pairs)) as client:
         memory = filled(client)
@@ -187,6 +188,7 @@ def test_a_replica_that_is_away_or_behind_takes_no_part(pairs: list[Service]) ->
         assert len(list(client.memory("m").documents())) == len(IDS)
 
 
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
 def test_another_layout_of_shards_is_told_what_to_do(pairs: list[Service], tmp_path: Path) -> None:
     with Client.open(of(pairs)) as client:
         ended(client, filled(client).snapshot("one"))
