@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from memory_service.snapshot_file import Contents, Description, SegmentEntry, di
 from memory_service.snapshot_files import Found, SnapshotFiles
 from memory_service.types import (
     Cancel,
+    MemorySpec,
     Operation,
     OperationKind,
     OperationState,
@@ -243,8 +244,8 @@ class Snapshots:
         copied = self._files.make(told, moment.contents, places, _adding(progress, told.nbytes), cancel)
         linked = len(places) - copied
         return (
-            f"snapshot {told.id} holds {told.documents:,} documents: "
-            f"{linked:,} segments linked, {copied:,} copied, {told.nbytes:,} bytes"
+            f"snapshot {told.id} holds {_counted(told.documents)}: "
+            f"segments linked {linked:,}, copied {copied:,}; {told.nbytes:,} bytes"
         )
 
     # --- Deleting ---------------------------------------------------------------------------------------------------
@@ -302,9 +303,8 @@ class Snapshots:
         with _named(one.id):
             told = self._described(one)
             contents = self._files.contents(one, told)
-            row = self._bring(one, told, contents, MemoryRow("", tenant, name, told.memory.spec, 0.0), progress, cancel)
-        self._memories.admit(row)
-        return f"memory {name} holds {told.documents:,} documents again, {told.tokens:,} tokens"
+            self._bring(one, told, contents, MemoryFile(tenant, name, *_kept(told)), progress, cancel)
+        return f"memory {name} holds {_counted(told.documents)} again, {told.tokens:,} tokens"
 
     def _described(self, one: Found) -> Description:
         with _named(one.id):
@@ -313,11 +313,12 @@ class Snapshots:
             return told
 
     def _bring(
-        self, one: Found, told: Description, contents: Contents, wanted: MemoryRow, progress: Progress, cancel: Cancel
-    ) -> MemoryRow:
+        self, one: Found, told: Description, contents: Contents, memory: MemoryFile, progress: Progress, cancel: Cancel
+    ) -> None:
         files = self._segments
         assert files is not None
-        key, spec = secrets.token_hex(16), told.memory.spec
+        key, spec = secrets.token_hex(16), memory.spec
+        member = self._membership.member
         advance = _adding(progress, told.nbytes)
         files.begin_restore(key)
         try:
@@ -333,17 +334,28 @@ class Snapshots:
             dead = dead_in(key, headers, contents)
             generations = (*(header.generation for header in headers), *(stone.generation for stone in dead))
             following = max([contents.next_generation, *(number + 1 for number in generations)])
-            row = MemoryRow(key, wanted.tenant, wanted.name, spec, told.memory.created_at, following)
+            row = MemoryRow(key, memory.tenant, memory.name, spec, memory.created_at, following)
             cancel.check()
-            files.describe_restored(key, MemoryFile(row.tenant, row.name, spec, row.created_at), dead)
-            self._catalog.restore(row, refs, set(contents.documents))
+            files.describe_restored(key, memory, dead)
+            # Documents that begin to move must not appear behind the back of who moves them.
+            with self._membership.steady(member):
+                self._catalog.restore(row, refs, set(contents.documents))
+                self._memories.admit(row)
         except StorageFailed:
             raise  # What is on disk is not known: touch nothing, the next open decides.
         except BaseException:
-            _abandon(files, key)
+            self._abandon(files, key)
             raise
-        files.end_restore(key)
-        return row
+        with suppress(FotError):  # It is restored; the next open takes the mark away.
+            files.end_restore(key)
+
+    def _abandon(self, files: SegmentFiles, key: str) -> None:
+        try:
+            self._catalog.delete_memory(key)
+            files.abandon_memory(key)
+            self._catalog.forget_memory(key)
+        except FotError as error:
+            log.warning("what was restored in vain is removed at the next start: %s", error.message)
 
     def _check_shards(self, told: Description, name: str) -> None:
         """Raise FailedPrecondition unless this process may hold what the snapshot's did."""
@@ -364,6 +376,11 @@ class Snapshots:
             raise FailedPrecondition(OTHER_NAME.format(told.memory.name), reason="OTHER_NAME")
 
 
+def _kept(told: Description) -> tuple[MemorySpec, float]:
+    """A memory's spec and age, which it keeps: replicas take what is older than its memory for a leftover."""
+    return told.memory.spec, told.memory.created_at
+
+
 def _adding(progress: Progress, total: int) -> Callable[[int], None]:
     done = 0
 
@@ -375,13 +392,6 @@ def _adding(progress: Progress, total: int) -> Callable[[int], None]:
     return advance
 
 
-def _abandon(files: SegmentFiles, key: str) -> None:
-    try:
-        files.abandon_memory(key)
-    except FotError as error:
-        log.warning("what was restored in vain is removed at the next start: %s", error.message)
-
-
 @contextmanager
 def _named(snapshot: str) -> Iterator[None]:
     """Say which snapshot is damaged."""
@@ -389,6 +399,10 @@ def _named(snapshot: str) -> Iterator[None]:
         yield
     except DataLoss as error:
         raise DataLoss(f"snapshot {snapshot} is damaged: {error.message}") from error
+
+
+def _counted(documents: int) -> str:
+    return f"{documents:,} document" if documents == 1 else f"{documents:,} documents"
 
 
 def _moving() -> FailedPrecondition:

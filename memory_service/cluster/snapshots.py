@@ -105,6 +105,8 @@ def restore(route: Route, verb: RestoreSnapshot) -> Flow[Operation]:
             "snapshots' directories of these shards, then restore",
             reason="SNAPSHOT_INCOMPLETE",
         )
+    if told.problem:
+        raise FailedPrecondition(f"snapshot {verb.snapshot!r}: {told.problem}", reason="SNAPSHOT_INCOMPLETE")
     if sorted(told.shards) != sorted(route.map.ids) and max(len(told.shards), len(route.map.ids)) > 1:
         was = f"shards {', '.join(told.shards)}" if told.shards else "one service"
         raise FailedPrecondition(
@@ -222,6 +224,8 @@ def _joined(parts: Sequence[Snapshot]) -> Snapshot:
     told = next((one for one in mine if not one.problem), mine[0])
     here = {one.shard for one in mine if not one.problem}
     problems = [f"shard {one.shard}: {one.problem}" for one in mine if one.problem]
+    if len({one.shards for one in mine if not one.problem}) > 1:
+        problems.append("its parts are of different shard maps")
     return Snapshot(
         id=told.id,
         memory=told.memory,

@@ -100,23 +100,23 @@ def test_on_one_disk_a_snapshot_is_links_and_takes_no_room(store: Store, data: P
     told = done(store, verbs.CreateSnapshot("m", "one"))
     mine, theirs = inodes(data / "snapshots/default/one"), inodes(next((data / "memories").iterdir()))
     assert mine.items() <= theirs.items()
-    assert f"{len(mine)} segments linked, 0 copied" in told.message
+    assert f"segments linked {len(mine)}, copied 0" in told.message
 
 
 def test_on_another_disk_only_what_is_new_is_copied(tmp_path: Path) -> None:
     other = tmp_path / "other"
     with Store.open(tmp_path / "data", replace(QUIET, snapshots=other), TwoDisks(other)) as store:
         filled(store)
-        assert "0 segments linked" in done(store, verbs.CreateSnapshot("m", "one")).message
+        assert "linked 0," in done(store, verbs.CreateSnapshot("m", "one")).message
         put(store, "m", document("d7", 10, SPEC, "new"))
-        assert "1 copied" in done(store, verbs.CreateSnapshot("m", "two")).message
+        assert "copied 1;" in done(store, verbs.CreateSnapshot("m", "two")).message
         one, two = inodes(other / "default/one"), inodes(other / "default/two")
         assert one.items() < two.items()
         # A link to a copy that is not what it should be helps nobody.
         victim = other / "default/two" / sorted(two)[0]
         os.truncate(victim, 100)
         store.run(ME, verbs.DeleteSnapshot("one"))
-        assert "1 copied" in done(store, verbs.CreateSnapshot("m", "three")).message
+        assert "copied 1;" in done(store, verbs.CreateSnapshot("m", "three")).message
         done(store, verbs.RestoreSnapshot("three", "again"))
 
 
@@ -345,6 +345,23 @@ def test_what_is_cancelled_leaves_nothing(tmp_path: Path, what: str) -> None:
     memories = [path for path in (tmp_path / "data/memories").iterdir() if any(path.iterdir())]
     assert len(memories) == (what != "delete the memory")
     assert not list((tmp_path / "data/unfinished").iterdir())
+
+
+def test_what_is_restored_while_the_shard_map_changes_does_not_appear(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    gate = Gate(other)
+    gate.go.set()
+    with Store.open(tmp_path / "data", replace(QUIET, snapshots=other), gate) as store:
+        filled(store)
+        done(store, verbs.CreateSnapshot("m", "one"))
+        gate.go.clear()
+        begun = store.run(ME, verbs.RestoreSnapshot("one", "n"))
+        store.run(ME, verbs.SetShardMap(ShardMap(1, (Shard("s0", ("a:1",)), Shard("s1", ("b:1",)))), "s0"))
+        gate.go.set()
+        ended = run(store, verbs.GetOperation(begun.id))
+        assert (ended.state, "shard map changed" in ended.message) == (OperationState.FAILED, True)
+        assert names(store) == ["m"]
+        assert len(list((tmp_path / "data/memories").iterdir())) == 1
 
 
 # --- Shards ---------------------------------------------------------------------------------------------------------
