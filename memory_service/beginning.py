@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from memory_service.errors import DataLoss, FailedPrecondition, NotFound
 from memory_service.logs import event
+from memory_service.restores import Restores
 from memory_service.settings import StoreOptions
 from memory_service.snapshot_file import tenant_directory
 from memory_service.snapshot_files import Found, SnapshotFiles
-from memory_service.snapshots import Snapshots
 from memory_service.types import Cancel
 from memory_service.vfs import Vfs, replace_file
 
@@ -54,10 +54,10 @@ class Beginning:
             replace_file(vfs, note, b"")
         return cls(note, vfs, options.begin_from_shard)
 
-    def run(self, snapshots: Snapshots, known: Collection[tuple[str, str]]) -> None:
+    def run(self, restores: Restores, known: Collection[tuple[str, str]]) -> None:
         """Restore every memory (tenant, name) that is not `known` yet. Raises DataLoss if one has no whole snapshot."""
         with self._running:
-            restored = begin(snapshots, self._shard, known, self._cancel)
+            restored = begin(restores, self._shard, known, self._cancel)
             self._vfs.unlink(self._note)
             self._vfs.fsync_directory(self._note.parent)
             event(logging.INFO, "the store has begun", restored=restored)
@@ -69,13 +69,12 @@ class Beginning:
             pass
 
 
-def begin(snapshots: Snapshots, shard: str, known: Collection[tuple[str, str]], cancel: Cancel) -> int:
+def begin(restores: Restores, shard: str, known: Collection[tuple[str, str]], cancel: Cancel) -> int:
     """Restore the memories (tenant, name) that are not `known` yet; how many.
 
     Of snapshots of several shards under one root, `shard` says whose. Raises DataLoss if a memory has no whole one.
     """
-    files = snapshots.files
-    assert files is not None
+    files = restores.snapshots.files
     lost: list[str] = []
     restored = 0
     memories = _candidates(files, shard)
@@ -83,7 +82,7 @@ def begin(snapshots: Snapshots, shard: str, known: Collection[tuple[str, str]], 
         if (tenant, name) in known:
             continue
         for one in sorted(candidates, reverse=True):
-            if _restored(snapshots, tenant, name, one, cancel):
+            if _restored(restores, tenant, name, one, cancel):
                 restored += 1
                 break
         else:
@@ -98,12 +97,12 @@ def begin(snapshots: Snapshots, shard: str, known: Collection[tuple[str, str]], 
     return restored
 
 
-def _restored(snapshots: Snapshots, tenant: str, name: str, one: _Candidate, cancel: Cancel) -> bool:
+def _restored(restores: Restores, tenant: str, name: str, one: _Candidate, cancel: Cancel) -> bool:
     which = one.found.name
     if one.problem:
         return False
     try:
-        outcome = snapshots.restore_now(one.found, tenant, name, lambda done, total: None, cancel)
+        outcome = restores.restore_now(one.found, tenant, name, lambda done, total: None, cancel)
     except (DataLoss, NotFound) as error:
         told = "a snapshot is damaged; an older one is tried"
         event(logging.ERROR, told, tenant=tenant, memory=name, snapshot=which, problem=error.message)

@@ -12,16 +12,17 @@ A failure under the root fails the snapshot, never the store: nothing is served 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memory_service.checksums import crc32
+from memory_service.copies import Copies
 from memory_service.errors import AlreadyExists, DataLoss, FotError, NotFound, ResourceExhausted, Unavailable
 from memory_service.memory_file import MemoryFile, memory_from_json, memory_to_json
 from memory_service.parts import SegmentRef, spec_to_json
-from memory_service.reading import SegmentReader
 from memory_service.snapshot_file import (
     CONTENTS,
     DESCRIPTION,
@@ -39,10 +40,11 @@ from memory_service.snapshot_file import (
     tenant_directory,
 )
 from memory_service.types import Cancel
-from memory_service.vfs import CannotLink, StorageFailed, Vfs, replace_file
+from memory_service.vfs import StorageFailed, Vfs, replace_file
 
 log = logging.getLogger(__name__)
 
+_REMOVALS, _PAUSE_S = 4, 0.02
 _EARLIER = 16  # Snapshots that are searched for a segment which need not be copied again.
 
 
@@ -69,11 +71,11 @@ class SnapshotFiles:
         self.root = root
         self._unfinished = data / "unfinished"
         self._vfs = vfs
-        self._reader = SegmentReader(vfs)
+        self.copies = Copies(vfs)
 
     def close(self) -> None:
         """Close every file."""
-        self._reader.close()
+        self.copies.close()
 
     # --- Looking ----------------------------------------------------------------------------------------------------
 
@@ -169,10 +171,12 @@ class SnapshotFiles:
         for source, segment in segments:
             cancel.check()
             target = directory / segment.path
-            if self._link(source, target) or any(self._link(path, target) for path in earlier.places(segment)):
+            if self.copies.link(source, target) or any(
+                self.copies.link(path, target) for path in earlier.places(segment)
+            ):
                 progress(segment.nbytes)
             else:
-                self.copy(source, target, segment, progress, cancel)
+                self.copies.copy(source, target, segment, progress, cancel)
                 copied += 1
         cancel.check()
         block = encode_contents(contents)
@@ -195,49 +199,9 @@ class SnapshotFiles:
                 raise _Claimed from error
             raise
 
-    def _link(self, source: Path, target: Path) -> bool:
-        try:
-            self._vfs.link(source, target)
-        except (CannotLink, FileNotFoundError):
-            return False
-        return True
-
-    # --- Segments ---------------------------------------------------------------------------------------------------
-
-    def bring(
-        self, source: Path, target: Path, segment: SegmentRef, progress: Callable[[int], None], cancel: Cancel
-    ) -> None:
-        """Link or copy a segment out of a snapshot and check every byte; DataLoss naming file and chunk."""
-        if not self._link(source, target):
-            self.copy(source, target, segment, progress, cancel)
-            return
-        try:
-            self._reader.verify(target, segment, cancel, progress)
-        finally:
-            self._reader.forget(target)
-
-    def copy(
-        self, source: Path, target: Path, segment: SegmentRef, progress: Callable[[int], None], cancel: Cancel
-    ) -> None:
-        """Copy a segment, durably, each chunk held to its checksum; DataLoss if one does not match."""
-        # No room is allocated ahead: what stands for a bucket takes files from front to back.
-        file = self._vfs.create(target, 0)
-        try:
-            for offset, block in self._reader.blocks(source, segment, cancel):
-                self._vfs.pwrite(file, block, offset)
-                progress(len(block))
-            self._vfs.fdatasync(file)
-        finally:
-            self._vfs.close(file)
-            self._reader.forget(source)
-
     def segment(self, one: Found, entry: SegmentEntry, spec_json: str) -> SegmentRef:
         """What a segment file says of itself; DataLoss unless it is the one the snapshot names."""
-        path = self.path(one) / entry.path
-        try:
-            spec, segment = self._reader.read_header(path)
-        except FileNotFoundError:
-            raise DataLoss(f"{entry.path} is missing") from None
+        spec, segment = self.copies.header(self.path(one) / entry.path)
         if not entry.describes(segment) or spec_to_json(spec) != spec_json:
             raise DataLoss(f"{entry.path} is not the segment that was kept")
         return segment
@@ -248,9 +212,15 @@ class SnapshotFiles:
         """Delete a snapshot; durable on return."""
         self._note(one)
         with _outside():
-            self._vfs.unlink(self.path(one) / DESCRIPTION)
-            self._vfs.fsync_directory(self.path(one))
-            self._remove(one)
+            try:
+                self._vfs.unlink(self.path(one) / DESCRIPTION)
+                self._vfs.fsync_directory(self.path(one))
+                self._remove(one)
+            except StorageFailed:
+                if one.name in self._vfs.list_directory(self.root / one.tenant):
+                    raise
+                # Of a shared root another service deleted the same.
+                self._forget(one)
 
     def sweep(self) -> int:
         """Remove what was being made or deleted from here when the service stopped; how many there were.
@@ -272,11 +242,15 @@ class SnapshotFiles:
 
     def _remove(self, one: Found) -> None:
         path = self.path(one)
-        try:
-            self._vfs.remove_directory(path)
-        except StorageFailed:
-            # Of a shared root another service may be removing the same.
-            self._vfs.remove_directory(path)
+        for attempt in range(_REMOVALS):
+            try:
+                self._vfs.remove_directory(path)
+                break
+            except StorageFailed:
+                # Of a shared root another service may be removing the same, a file ahead of us.
+                if attempt + 1 == _REMOVALS:
+                    raise
+                time.sleep(_PAUSE_S)
         self._vfs.fsync_directory(path.parent)
         self._forget(one)
 

@@ -10,36 +10,29 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 from memory_service import verbs
-from memory_service.catalog import Catalog, MemoryRow
 from memory_service.errors import AlreadyExists, DataLoss, FailedPrecondition, FotError, NotFound, QuotaExceeded
-from memory_service.index import check_factory
 from memory_service.live_memory import LiveMemory
 from memory_service.membership import Membership
 from memory_service.memory_file import MemoryFile
 from memory_service.operations import Operations
 from memory_service.paging import page_of
-from memory_service.parts import PartHeader, SegmentRef, spec_to_json
-from memory_service.restored import check_restored, dead_in
+from memory_service.parts import SegmentRef
 from memory_service.segments import SegmentFiles
 from memory_service.settings import StoreOptions
-from memory_service.shards import OTHER_NAME
 from memory_service.snapshot_file import Contents, Description, SegmentEntry, directory_name, tenant_directory
 from memory_service.snapshot_files import Found, SnapshotFiles
 from memory_service.types import (
     Cancel,
-    MemorySpec,
     Operation,
     OperationKind,
     OperationState,
     Page,
     Snapshot,
-    check_name,
     check_snapshot_id,
 )
 from memory_service.vfs import StorageFailed
@@ -47,19 +40,6 @@ from memory_service.vfs import StorageFailed
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # Bytes done, bytes in all.
-
-
-class Memories(Protocol):
-    """What a restore needs of the store's memories."""
-
-    def reserve(self, tenant: str, name: str, nbytes: int) -> None:
-        """Keep a name and room for a memory that is to be; AlreadyExists, QuotaExceeded."""
-
-    def release(self, tenant: str, name: str) -> None:
-        """The memory is there, or will not be."""
-
-    def admit(self, row: MemoryRow) -> None:
-        """Serve a memory that the catalogue knows now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +57,20 @@ class Snapshots:
 
     def __init__(
         self,
-        catalog: Catalog,
         segments: SegmentFiles | None,
         files: SnapshotFiles | None,
         options: StoreOptions,
         operations: Operations,
         membership: Membership,
-        memories: Memories,
     ):
-        self._catalog = catalog
         self._segments = segments
         self._snapshot_files = files
         self._options = options
         self._operations = operations
         self._membership = membership
-        self._memories = memories
         self._lock = threading.Lock()
         self._making: set[Found] = set()
-        self._restoring: list[Found] = []
+        self._held: list[Found] = []  # By restores.
 
     def close(self) -> None:
         """Close every file."""
@@ -117,18 +93,18 @@ class Snapshots:
 
     def get(self, tenant: str, snapshot: str) -> Snapshot:
         """One snapshot; NotFound."""
-        return self._told(self._find(tenant, snapshot)[0])
+        return self._told(self.find(tenant, snapshot)[0])
 
     def _told(self, one: Found) -> Snapshot:
         try:
-            return self._files.describe(one).snapshot
+            return self.files.describe(one).snapshot
         except (DataLoss, NotFound) as error:
             return Snapshot(one.id, "", 0.0, shard=one.shard, problem=error.message)
 
-    def _find(self, tenant: str, snapshot: str) -> list[Found]:
+    def find(self, tenant: str, snapshot: str) -> list[Found]:
         """The directories of a snapshot, this process's own shard's first; NotFound if there is none."""
         check_snapshot_id(snapshot)
-        found = [one for one in self._files.list(tenant_directory(tenant)) if one.id == snapshot]
+        found = [one for one in self.files.list(tenant_directory(tenant)) if one.id == snapshot]
         if not found:
             raise NotFound(f"no snapshot {snapshot!r}")
         mine = self._membership.member.shard
@@ -136,14 +112,25 @@ class Snapshots:
 
     def list(self, tenant: str, verb: verbs.ListSnapshots) -> Page[Snapshot]:
         """A page of the snapshots of one memory or of all, by id."""
-        known = {one.name: one for one in self._files.list(tenant_directory(tenant))}
+        known = {one.name: one for one in self.files.list(tenant_directory(tenant))}
         if verb.memory:
             known = {name: one for name, one in known.items() if self._told(one).memory == verb.memory}
         names, rest = page_of(sorted(known), verb.page_size, verb.page_token)
         return Page(tuple(self._told(known[name]) for name in names), rest)
 
+    def hold(self, one: Found) -> None:
+        """Keep a snapshot from being deleted, until `let_go`."""
+        with self._lock:
+            self._held.append(one)
+
+    def let_go(self, one: Found) -> None:
+        """It may be deleted again."""
+        with self._lock:
+            self._held.remove(one)
+
     @property
-    def _files(self) -> SnapshotFiles:
+    def files(self) -> SnapshotFiles:
+        """The files. Raises FailedPrecondition if there can be none."""
         if self._snapshot_files is None:
             raise FailedPrecondition(
                 "a store in RAM has no files to keep as a snapshot; open a directory, or a service over one",
@@ -151,16 +138,11 @@ class Snapshots:
             )
         return self._snapshot_files
 
-    @property
-    def files(self) -> SnapshotFiles | None:
-        """The files, if there are any."""
-        return self._snapshot_files
-
     # --- Taking -----------------------------------------------------------------------------------------------------
 
     def create(self, tenant: str, memory: LiveMemory, verb: verbs.CreateSnapshot) -> Operation:
         """Note what the memory is now, and keep that in the background."""
-        files = self._files
+        files = self.files
         name = memory.row.name
         snapshot = verb.snapshot or _fresh_id()
         check_snapshot_id(snapshot)
@@ -170,7 +152,7 @@ class Snapshots:
                 return before
             member = self._membership.member
             if member.map is not None and member.map.also:
-                raise _moving()
+                raise moving()
             place = Found(tenant_directory(tenant), directory_name(snapshot, member.shard if member.map else ""))
             if place not in self._making and files.exists(place):
                 if before is not None and before.state is OperationState.DONE:
@@ -188,7 +170,7 @@ class Snapshots:
                 raise
 
     def _check_count(self, tenant: str, place: Found) -> None:
-        kept = {one for one in self._files.list(place.tenant) if one.shard == place.shard}
+        kept = {one for one in self.files.list(place.tenant) if one.shard == place.shard}
         kept |= {one for one in self._making if one.tenant == place.tenant}
         if len(kept) >= self._options.tenant_snapshots:
             raise QuotaExceeded(
@@ -241,10 +223,10 @@ class Snapshots:
         assert self._segments is not None
         told = moment.description
         places = [(self._segments.place(memory.row.key, one.path), one) for one in moment.segments]
-        copied = self._files.make(told, moment.contents, places, _adding(progress, told.nbytes), cancel)
+        copied = self.files.make(told, moment.contents, places, adding(progress, told.nbytes), cancel)
         linked = len(places) - copied
         return (
-            f"snapshot {told.id} holds {_counted(told.documents)}: "
+            f"snapshot {told.id} holds {counted(told.documents)}: "
             f"segments linked {linked:,}, copied {copied:,}; {told.nbytes:,} bytes"
         )
 
@@ -257,131 +239,21 @@ class Snapshots:
             directory = tenant_directory(tenant)
             if any((one.tenant, one.id) == (directory, snapshot) for one in self._making):
                 raise FailedPrecondition(f"snapshot {snapshot!r} is still being made; cancel that operation instead")
-            found = self._find(tenant, snapshot)
+            found = self.find(tenant, snapshot)
             shard = found[0].shard
             mine = [one for one in found if one.shard == shard] if shard == self._membership.member.shard else found
-            if any(one in self._restoring for one in mine):
+            if any(one in self._held for one in mine):
                 raise FailedPrecondition(f"snapshot {snapshot!r} is being restored; wait for that operation")
             for one in mine:
-                self._files.delete(one)
-
-    # --- Restoring --------------------------------------------------------------------------------------------------
-
-    def restore(self, tenant: str, verb: verbs.RestoreSnapshot) -> Operation:
-        """Make a memory of a snapshot in the background."""
-        one = self._find(tenant, verb.snapshot)[0]
-        told = self._described(one)
-        name = verb.memory or told.memory.name
-        check_name(name, "a memory's name")
-        with self._lock:
-            before = self._operations.find(tenant, name, OperationKind.RESTORE, one.id)
-            if before is not None and before.state is OperationState.RUNNING:
-                return before
-            self._check_shards(told, name)
-            self._memories.reserve(tenant, name, told.tokens * (told.memory.spec.bytes_per_token + 4))
-            self._restoring.append(one)
-
-        def work(progress: Progress, cancel: Cancel) -> str:
-            try:
-                return self.restore_now(one, tenant, name, progress, cancel)
-            finally:
-                end()
-
-        def end() -> None:
-            with self._lock:
-                self._restoring.remove(one)
-            self._memories.release(tenant, name)
-
-        try:
-            return self._operations.start(tenant, name, OperationKind.RESTORE, work, one.id)
-        except BaseException:
-            end()
-            raise
-
-    def restore_now(self, one: Found, tenant: str, name: str, progress: Progress, cancel: Cancel) -> str:
-        """Make a memory of a snapshot; a sentence on it. DataLoss naming what is damaged; then nothing is left."""
-        with _named(one.id):
-            told = self._described(one)
-            contents = self._files.contents(one, told)
-            self._bring(one, told, contents, MemoryFile(tenant, name, *_kept(told)), progress, cancel)
-        return f"memory {name} holds {_counted(told.documents)} again, {told.tokens:,} tokens"
-
-    def _described(self, one: Found) -> Description:
-        with _named(one.id):
-            told = self._files.describe(one)
-            check_factory(told.memory.spec.index.factory, told.memory.spec.head_dim)
-            return told
-
-    def _bring(
-        self, one: Found, told: Description, contents: Contents, memory: MemoryFile, progress: Progress, cancel: Cancel
-    ) -> None:
-        files = self._segments
-        assert files is not None
-        key, spec = secrets.token_hex(16), memory.spec
-        member = self._membership.member
-        advance = _adding(progress, told.nbytes)
-        files.begin_restore(key)
-        try:
-            refs = []
-            for entry in contents.segments:
-                cancel.check()
-                ref = self._files.segment(one, entry, spec_to_json(spec))
-                source = self._files.path(one) / entry.path
-                self._files.bring(source, files.place(key, entry.path), ref, advance, cancel)
-                refs.append(ref)
-            headers: list[PartHeader] = [part.header for ref in refs for part in ref.parts]
-            check_restored(headers, contents, told)
-            dead = dead_in(key, headers, contents)
-            generations = (*(header.generation for header in headers), *(stone.generation for stone in dead))
-            following = max([contents.next_generation, *(number + 1 for number in generations)])
-            row = MemoryRow(key, memory.tenant, memory.name, spec, memory.created_at, following)
-            cancel.check()
-            files.describe_restored(key, memory, dead)
-            # Documents that begin to move must not appear behind the back of who moves them.
-            with self._membership.steady(member):
-                self._catalog.restore(row, refs, set(contents.documents))
-                self._memories.admit(row)
-        except StorageFailed:
-            raise  # What is on disk is not known: touch nothing, the next open decides.
-        except BaseException:
-            self._abandon(files, key)
-            raise
-        with suppress(FotError):  # It is restored; the next open takes the mark away.
-            files.end_restore(key)
-
-    def _abandon(self, files: SegmentFiles, key: str) -> None:
-        try:
-            self._catalog.delete_memory(key)
-            files.abandon_memory(key)
-            self._catalog.forget_memory(key)
-        except FotError as error:
-            log.warning("what was restored in vain is removed at the next start: %s", error.message)
-
-    def _check_shards(self, told: Description, name: str) -> None:
-        """Raise FailedPrecondition unless this process may hold what the snapshot's did."""
-        member = self._membership.member
-        if member.map is not None and member.map.also:
-            raise _moving()
-        ids = member.map.ids if member.map is not None and member.shard else ()
-        alone = len(told.shards) <= 1 and len(ids) <= 1
-        if not alone and (sorted(told.shards) != sorted(ids) or told.shard != member.shard):
-            was = f"of shard {told.shard} of {', '.join(told.shards)}" if told.shard else "of one service"
-            here = f"shard {member.shard} of {', '.join(ids)}" if ids else "one service"
-            raise FailedPrecondition(
-                f"the snapshot is {was}, this is {here}; restore it into as many shards of the same names, then let "
-                "the cluster grow or shrink",
-                reason="OTHER_SHARDS",
-            )
-        if not alone and name != told.memory.name:
-            raise FailedPrecondition(OTHER_NAME.format(told.memory.name), reason="OTHER_NAME")
+                self.files.delete(one)
 
 
-def _kept(told: Description) -> tuple[MemorySpec, float]:
-    """A memory's spec and age, which it keeps: replicas take what is older than its memory for a leftover."""
-    return told.memory.spec, told.memory.created_at
+def _fresh_id() -> str:
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(4)
 
 
-def _adding(progress: Progress, total: int) -> Callable[[int], None]:
+def adding(progress: Progress, total: int) -> Callable[[int], None]:
+    """`progress` told in steps."""
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -392,22 +264,11 @@ def _adding(progress: Progress, total: int) -> Callable[[int], None]:
     return advance
 
 
-@contextmanager
-def _named(snapshot: str) -> Iterator[None]:
-    """Say which snapshot is damaged."""
-    try:
-        yield
-    except DataLoss as error:
-        raise DataLoss(f"snapshot {snapshot} is damaged: {error.message}") from error
-
-
-def _counted(documents: int) -> str:
+def counted(documents: int) -> str:
+    """1 document, 2 documents."""
     return f"{documents:,} document" if documents == 1 else f"{documents:,} documents"
 
 
-def _moving() -> FailedPrecondition:
+def moving() -> FailedPrecondition:
+    """The error of what needs documents to stay where they are."""
     return FailedPrecondition("documents are moving between shards; wait until that is done", reason="MOVING")
-
-
-def _fresh_id() -> str:
-    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(4)

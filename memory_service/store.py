@@ -43,6 +43,7 @@ from memory_service.provenance import session_source
 from memory_service.recent import Recent
 from memory_service.recovery import recover
 from memory_service.residency import Residency
+from memory_service.restores import Restores
 from memory_service.scan import Arena
 from memory_service.segments import SegmentFiles
 from memory_service.sessions import Session, Sessions
@@ -101,7 +102,8 @@ class Store:
         self._documents = Documents(catalog, files, options, self._tenant_bytes, self._storage_failed)
         self._operations = Operations(catalog, self._storage_failed)
         kept = None if root is None else SnapshotFiles(options.snapshots or root / "snapshots", root, vfs)
-        self._snapshots = Snapshots(catalog, files, kept, options, self._operations, self.membership, self)
+        self._snapshots = Snapshots(files, kept, options, self._operations, self.membership)
+        self._restores = Restores(self._snapshots, catalog, files, self._operations, self.membership, self)
         self._reserved: dict[tuple[str, str], int] = {}  # Bytes of memories that are being restored.
         self._beginning: Beginning | None = None
         self._upkeep = Upkeep(catalog, files, vfs, root)
@@ -138,7 +140,7 @@ class Store:
             verbs.GetSnapshot: lambda t, v, _: self._snapshots.get(t, v.snapshot),
             verbs.ListSnapshots: lambda t, v, _: self._snapshots.list(t, v),
             verbs.DeleteSnapshot: lambda t, v, _: self._snapshots.delete(t, v.snapshot),
-            verbs.RestoreSnapshot: lambda t, v, _: self._snapshots.restore(t, v),
+            verbs.RestoreSnapshot: lambda t, v, _: self._restores.restore(t, v),
             verbs.GetShardMap: lambda t, v, _: self.membership.member,
             verbs.SetShardMap: lambda t, v, _: self.membership.set(v),
             verbs.MarkBehind: lambda t, v, _: self.membership.mark_behind(v.missed),
@@ -201,7 +203,7 @@ class Store:
             return
         with self._lock:
             known = set(self._memories)
-        self._beginning.run(self._snapshots, known)
+        self._beginning.run(self._restores, known)
         self._beginning = None
         self._start()
 
