@@ -22,6 +22,8 @@ from memory_service import (
     OperationState,
     Unavailable,
 )
+from memory_service.client import connection
+from memory_service.cluster import caretaker
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.types import Operation
 from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target
@@ -30,6 +32,12 @@ from tests.memory_service.places import QUIET
 IDS = [f"doc-{number}" for number in range(8)]
 QUERIES = torch.randn(4, 3, SPEC.head_dim, generator=torch.Generator().manual_seed(7))
 OWN, SHARED = "own roots", "one root"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "POLL_S", 0.01)
+    monkeypatch.setattr(caretaker, "_SETTLE_S", 0.05)
 
 
 @pytest.fixture(params=[OWN, SHARED])
@@ -64,7 +72,7 @@ def ended(client: Client, operation: Operation) -> Operation:
 
 
 def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[Service]) -> None:
-    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as caretaker:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
         memory = filled(client)
         before, info = look(memory), memory.info()
         begun = ended(client, memory.snapshot("one"))
@@ -79,11 +87,11 @@ def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[S
             client.restore("one")
         client.delete("m")
         ended(client, client.restore("one"))
-        caretaker.heal()
+        keeper.heal()
         again = client.memory("m")
         assert again.info().created_at == info.created_at
         assert look(again) == before
-        status = caretaker.status()
+        status = keeper.status()
         assert status.whole
         assert [replica.documents for shard in status.shards for replica in shard.replicas] == [
             shard.replicas[0].documents for shard in status.shards for _ in shard.replicas
@@ -101,21 +109,21 @@ def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[S
 
 @pytest.mark.parametrize("pairs", [OWN], indirect=True)
 def test_replicas_without_the_snapshot_answer_nothing_until_they_have_its_memory(pairs: list[Service]) -> None:
-    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as caretaker:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
         memory = filled(client)
         ended(client, memory.snapshot("one"))
         client.delete("m")
         told = ended(client, client.restore("one"))
         assert "healed" in told.message
-        status = caretaker.status()
+        status = keeper.status()
         for shard in status.shards:
             assert sorted(replica.behind for replica in shard.replicas) == [False, True]
         for _ in range(8):  # Whichever replica is asked first.
             with Memory.open(of(pairs), "m") as again:
                 assert len(list(again.documents())) == len(IDS)
-        assert caretaker.heal().copied == len(IDS)
+        assert keeper.heal().copied == len(IDS)
         assert "healed" in ended(client, client.operation(told.id)).message
-        assert caretaker.status().whole, "looking at the operation again must not make anyone lack anything"
+        assert keeper.status().whole, "looking at the operation again must not make anyone lack anything"
 
 
 @pytest.mark.parametrize("pairs", [SHARED], indirect=True)
@@ -150,7 +158,7 @@ def test_listings_join_shards_and_say_what_is_missing(pairs: list[Service]) -> N
 
 @pytest.mark.parametrize("pairs", [OWN], indirect=True)
 def test_a_damaged_part_fails_the_restore_and_says_what_to_do(pairs: list[Service]) -> None:
-    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as caretaker:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
         ended(client, filled(client).snapshot("one"))
         client.delete("m")
         (part,) = [path for one in pairs for path in one.directory.glob("snapshots/default/one@s1")]
@@ -165,7 +173,7 @@ def test_a_damaged_part_fails_the_restore_and_says_what_to_do(pairs: list[Servic
         client.delete("m")
         with pytest.raises(Unavailable, match="heal the cluster, then restore"):
             client.restore("one")
-        caretaker.heal()
+        keeper.heal()
         data[-1] ^= 1
         segment.write_bytes(data)
         ended(client, client.restore("one"))
@@ -173,7 +181,7 @@ def test_a_damaged_part_fails_the_restore_and_says_what_to_do(pairs: list[Servic
 
 @pytest.mark.parametrize("pairs", [OWN], indirect=True)
 def test_a_replica_that_is_away_or_behind_takes_no_part(pairs: list[Service]) -> None:
-    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as caretaker:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
         memory = filled(client)
         pairs[0].stop()
         ended(client, memory.snapshot("one"))
@@ -185,9 +193,9 @@ def test_a_replica_that_is_away_or_behind_takes_no_part(pairs: list[Service]) ->
             pairs[0].stop()
             client.restore("one")
         pairs[0].start()
-        caretaker.heal()
+        keeper.heal()
         ended(client, client.restore("one"))
-        caretaker.heal()
+        keeper.heal()
         assert len(list(client.memory("m").documents())) == len(IDS)
 
 

@@ -23,6 +23,9 @@ from memory_service import (
     PermissionDenied,
 )
 from memory_service.auth import TokenFile
+from memory_service.cli import work
+from memory_service.client import connection
+from memory_service.cluster import caretaker
 from memory_service.types import Role
 from tests.memory_service.clusters import services, target
 from tests.memory_service.places import PLACES, client_at, serving
@@ -31,6 +34,13 @@ from tests.memory_service.test_cli import Fot
 SPEC = MemorySpec(Fingerprint("tiny"), (3,), 2, 8, DType.F32)
 WHO = ("acme-admin", "acme-write", "acme-read", "rival-admin")
 QUERIES = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "POLL_S", 0.01)
+    monkeypatch.setattr(work, "POLL_S", 0.01)
+    monkeypatch.setattr(caretaker, "_SETTLE_S", 0.05)
 
 
 @pytest.fixture(params=[place for place in PLACES if place != "memory"])
