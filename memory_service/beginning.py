@@ -6,6 +6,7 @@ as if it had never been.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -47,12 +48,15 @@ class Beginning:
     def of(cls, directory: Path, vfs: Vfs, options: StoreOptions, fresh: bool) -> Beginning | None:
         """Whether this directory (`fresh`: without a catalogue) begins from snapshots; asked before it has one."""
         note = directory / NOTE
-        cut_off = note.name in vfs.list_directory(directory)
-        if not cut_off and not (fresh and options.begin_from_snapshots):
+        told = {"snapshots": str((options.snapshots or directory / "snapshots").absolute())}
+        told["shard"] = options.begin_from_shard
+        if note.name in vfs.list_directory(directory):
+            told = _noted(note, vfs, told["snapshots"])
+        elif fresh and options.begin_from_snapshots:
+            replace_file(vfs, note, json.dumps(told).encode())
+        else:
             return None
-        if not cut_off:
-            replace_file(vfs, note, b"")
-        return cls(note, vfs, options.begin_from_shard)
+        return cls(note, vfs, told["shard"])
 
     def run(self, restores: Restores, known: Collection[tuple[str, str]]) -> None:
         """Restore every memory (tenant, name) that is not `known` yet. Raises DataLoss if one has no whole snapshot."""
@@ -69,6 +73,21 @@ class Beginning:
             pass
 
 
+def _noted(note: Path, vfs: Vfs, snapshots: str) -> dict[str, str]:
+    """What a beginning that was cut off was told. FailedPrecondition if the snapshots are now looked for elsewhere."""
+    try:
+        told: dict[str, str] = json.loads(vfs.read_file(note))
+        root = told["snapshots"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataLoss(f"{note} is damaged; empty {note.parent} and begin anew") from error
+    if root != snapshots:
+        raise FailedPrecondition(
+            f"{note.parent} is still being filled from the snapshots in {root}: serve it with --snapshots {root} until "
+            "that is done, or empty it and begin anew"
+        )
+    return told
+
+
 def begin(restores: Restores, shard: str, known: Collection[tuple[str, str]], cancel: Cancel) -> int:
     """Restore the memories (tenant, name) that are not `known` yet; how many.
 
@@ -81,7 +100,7 @@ def begin(restores: Restores, shard: str, known: Collection[tuple[str, str]], ca
     for (tenant, name), candidates in sorted(memories.items()):
         if (tenant, name) in known:
             continue
-        for one in sorted(candidates, reverse=True):
+        for one in sorted(candidates, key=lambda one: (one.created_at, one.found.name), reverse=True):
             if _restored(restores, tenant, name, one, cancel):
                 restored += 1
                 break

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from memory_service import verbs
 from memory_service.catalog import Catalog, MemoryRow
-from memory_service.errors import DataLoss, FailedPrecondition, FotError
+from memory_service.errors import DataLoss, FailedPrecondition, FotError, InvalidArgument
 from memory_service.index import check_factory
 from memory_service.membership import Membership
 from memory_service.memory_file import MemoryFile
@@ -108,7 +108,10 @@ class Restores:
     def _described(self, one: Found) -> Description:
         with _named(one.id):
             told = self.snapshots.files.describe(one)
-            check_factory(told.memory.spec.index.factory, told.memory.spec.head_dim)
+            try:
+                check_factory(told.memory.spec.index.factory, told.memory.spec.head_dim)
+            except InvalidArgument as error:
+                raise DataLoss(error.message) from error
             return told
 
     def _bring(

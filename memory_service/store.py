@@ -215,13 +215,13 @@ class Store:
     @classmethod
     def _open_directory(cls, directory: Path, options: StoreOptions, vfs: Vfs) -> Store:
         fresh = "catalog.sqlite" not in vfs.list_directory(directory)
-        beginning = Beginning.of(directory, vfs, options, fresh)
         files = SegmentFiles(directory, vfs)
         try:
             if fresh and files.memory_keys():
                 raise DataLoss(
                     f"{directory} holds memories but no catalogue; bring it back with `fot verify --rebuild-catalog`"
                 )
+            beginning = Beginning.of(directory, vfs, options, fresh)
             on_commit = getattr(vfs, "note_catalog", None)
             path = directory / "catalog.sqlite"
             catalog = Catalog.open(path, vfs=vfs, on_commit=None if on_commit is None else lambda: on_commit(path))

@@ -158,7 +158,8 @@ def _holders(route: Route, held: dict[str, list[Snapshot]]) -> tuple[list[str], 
     """Processes that have their own shard's part, and those that have not. FailedPrecondition if a shard has none."""
     holders: list[str] = []
     for shard in route.map.shards:
-        mine = [address for address in shard.addresses if any(one.shard in ("", shard.id) for one in held[address])]
+        alone = len(route.map.shards) == 1  # Then it does not matter what the shard is called.
+        mine = [a for a in shard.addresses if any(alone or one.shard == shard.id for one in held[a])]
         if not mine:
             raise FailedPrecondition(
                 f"no replica of shard {shard.id} has that shard's part of the snapshot; bring it to one of theirs",

@@ -103,6 +103,12 @@ def test_a_memory_without_a_whole_snapshot_is_not_left_out_in_silence(root: Path
     (root / "snapshots/default/a-two/snapshot.json").write_text("{}")
     with pytest.raises(DataLoss, match="does not say which memory"), lost(root):
         pass
+    shutil.rmtree(root / "snapshots/default/a-two")
+    shutil.copytree(root / "snapshots/default/z-one", root / "snapshots/default/y-one")
+    for name in ("z-one", "y-one"):
+        (root / "snapshots/default" / name / "snapshot.json").write_text("{}")
+    with pytest.raises(DataLoss, match="no snapshot of memory m of tenant default is whole"), lost(root):
+        pass
     shutil.rmtree(root / "snapshots/default")
     with Store.open(root / "data", beginning(root)) as store:
         assert names(store, OTHER) == ["theirs"]
@@ -125,6 +131,9 @@ def test_a_beginning_that_was_cut_off_goes_on(root: Path) -> None:
             Store.open(root / "data", beginning(root), failing).close()
             failing.left = 0
             shutil.rmtree(root / "data")
+    # Who looks for the snapshots elsewhere must not take what is there for all there is.
+    with pytest.raises(FailedPrecondition, match="still being filled from the snapshots in"):
+        Store.open(root / "data", StoreOptions(background=False))
     with Store.open(root / "data", replace(beginning(root), begin_from_snapshots=False)) as store:
         assert (names(store), names(store, OTHER)) == (["m"], ["theirs"])
         assert len(store.run(ME, verbs.ListDocuments("m")).items) == 4
@@ -136,6 +145,13 @@ def test_without_snapshots_it_begins_empty_and_warns(tmp_path: Path, caplog: pyt
     assert "no snapshots to begin from" in caplog.text
     with pytest.raises(InvalidArgument, match="in RAM"):
         Store.open(None, beginning(tmp_path))
+
+
+def test_a_lost_catalogue_is_rebuilt_and_not_begun_anew(root: Path) -> None:
+    (root / "data/catalog.sqlite").unlink()
+    with pytest.raises(DataLoss, match="--rebuild-catalog"):
+        Store.open(root / "data", beginning(root))
+    assert not (root / "data" / NOTE).exists()
 
 
 def test_of_several_shards_under_one_root_it_must_be_said_whose(root: Path) -> None:

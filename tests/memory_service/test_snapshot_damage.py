@@ -185,6 +185,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "vast contents": _set(0, "bytes", 1 << 62),
     "a time that is none": _set(0, "created_at", float("nan")),
     "a memory of no name": _set(0, "memory", "../../x"),
+    "an index nobody can build": lambda told, contents: told.update(spec=told["spec"].replace('"none"', '"../../x"')),
     "another tenant": _set(0, "tenant", "other"),
     "another id": _set(0, "id", "two"),
     "another shard": lambda told, contents: told.update(shard="s0", shards=["s0"]),
