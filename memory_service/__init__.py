@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         Partial,
         Scope,
         SessionScope,
+        Snapshot,
         Stats,
         TopTokens,
     )
@@ -121,6 +122,7 @@ __all__ = [
     "Session",
     "SessionExpired",
     "SessionScope",
+    "Snapshot",
     "Stats",
     "StoreOptions",
     "Tls",

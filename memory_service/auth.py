@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from memory_service.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from memory_service.types import Identity, Role, check_name
-from memory_service.verbs import ListDeleted, ListDocuments, ListMemories, ListOperations
+from memory_service.verbs import ListDeleted, ListDocuments, ListMemories, ListOperations, ListSnapshots
 
 PREFIX = "fot_"
 EVERYONE = Identity("default", Role.ADMIN)  # Of a service without tokens, and of an embedded store.
 _FORMAT = 1
-Listing = TypeVar("Listing", bound=ListMemories | ListDocuments | ListDeleted | ListOperations)
+Listing = TypeVar("Listing", bound=ListMemories | ListDocuments | ListDeleted | ListOperations | ListSnapshots)
 
 
 @dataclass(frozen=True, slots=True)

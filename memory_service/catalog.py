@@ -78,15 +78,7 @@ class Catalog:
     def create_memory(self, memory: MemoryRow, requests: Iterable[RequestRow] = ()) -> None:
         """Create a memory; AlreadyExists if the tenant has one of that name."""
         with self._db.transaction():
-            if self._db.one(
-                "SELECT 1 FROM memories WHERE tenant = ? AND name = ? AND NOT deleted", memory.tenant, memory.name
-            ):
-                raise AlreadyExists(f"there is a memory {memory.name!r} already")
-            self._db.insert(
-                "memories",
-                (memory.key, memory.tenant, memory.name, spec_to_json(memory.spec), memory.created_at)
-                + (memory.next_generation, 0),
-            )
+            self._create_memory(memory)
             self._record(requests)
 
     def delete_memory(self, key: str, requests: Sequence[RequestRow] = ()) -> None:
@@ -175,6 +167,22 @@ class Catalog:
                     documents[one.document, one.generation] = self._add_document(key, one, replace=True)
             return self._finish_commit(key, segments, documents, ())
 
+    def restore(self, memory: MemoryRow, segments: Sequence[SegmentRef], alive: Collection[tuple[str, int]]) -> None:
+        """Create a memory with all its documents at once; AlreadyExists if the tenant has one of that name.
+
+        Only the documents (id, generation) in `alive` are visible; the others in the segments are known as deleted,
+        so that their tombstones are kept for as long as their bytes are there.
+        """
+        with self._db.transaction():
+            self._create_memory(memory)
+            documents: dict[tuple[str, int], int] = {}
+            for one in _headers(segments):
+                name = (one.document, one.generation)
+                if name not in documents:
+                    documents[name] = self._insert_document(memory.key, one, deleted=name not in alive)
+            self._add_segments(memory.key, segments, documents)
+            self._check_whole(documents.values())
+
     def tombstone(self, key: str, documents: Sequence[int], requests: Sequence[RequestRow] = ()) -> None:
         """Delete documents by primary key; their bytes stay until `compact` drops the segments."""
 
@@ -233,7 +241,7 @@ class Catalog:
             self._db.insert(
                 "operations",
                 (one.id, tenant, one.memory, one.kind.value, one.state.value, one.done, one.total, one.message)
-                + (one.created_at, one.updated_at),
+                + (one.created_at, one.updated_at, one.snapshot),
             )
 
     def operations(self) -> list[tuple[str, Operation]]:
@@ -250,6 +258,17 @@ class Catalog:
         self._db.backup(path)
 
     # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def _create_memory(self, memory: MemoryRow) -> None:
+        if self._db.one(
+            "SELECT 1 FROM memories WHERE tenant = ? AND name = ? AND NOT deleted", memory.tenant, memory.name
+        ):
+            raise AlreadyExists(f"there is a memory {memory.name!r} already")
+        self._db.insert(
+            "memories",
+            (memory.key, memory.tenant, memory.name, spec_to_json(memory.spec), memory.created_at)
+            + (memory.next_generation, 0),
+        )
 
     def _documents(self, where: str, *values: Value) -> list[DocumentRow]:
         parts: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -294,10 +313,13 @@ class Catalog:
             raise AlreadyExists(f"there is a document {header.document!r} already; delete it, or commit with REPLACE")
         if alive:
             self._db.run("UPDATE documents SET deleted = 1 WHERE pk = ?", *alive)
+        return self._insert_document(key, header)
+
+    def _insert_document(self, key: str, header: PartHeader, *, deleted: bool = False) -> int:
         return self._db.insert(
             "documents",
             (None, key, header.document, header.generation, header.document_tokens)
-            + (_json(header.metadata), header.committed_at, header.request_id, 0),
+            + (_json(header.metadata), header.committed_at, header.request_id, int(deleted)),
         )
 
     def _finish_commit(

@@ -174,6 +174,7 @@ def _check(db: sqlite3.Connection) -> None:
     if db.execute("PRAGMA foreign_key_check").fetchone():
         raise DataLoss(_DAMAGED.format("a row points nowhere"))
     with sqlite3.connect(":memory:", isolation_level=None) as fresh:
+        fresh.create_function("fold", -1, _fold, deterministic=True)
         _migrate(fresh)
         if _tables(fresh) != _tables(db):
             raise DataLoss(_DAMAGED.format("its tables are not ours"))

@@ -75,6 +75,11 @@ POLICY: Mapping[str, Role | None] = {
     _OURS + "GetOperation": Role.READ,
     _OURS + "ListOperations": Role.READ,
     _OURS + "CancelOperation": Role.ADMIN,
+    _OURS + "CreateSnapshot": Role.ADMIN,
+    _OURS + "GetSnapshot": Role.READ,
+    _OURS + "ListSnapshots": Role.READ,
+    _OURS + "DeleteSnapshot": Role.ADMIN,
+    _OURS + "RestoreSnapshot": Role.ADMIN,
     _OURS + "GetShardMap": Role.READ,
     _OURS + "SetShardMap": Role.ADMIN,
     _OURS + "MarkBehind": Role.WRITE,
@@ -84,6 +89,8 @@ POLICY: Mapping[str, Role | None] = {
 _READS = frozenset(
     _OURS + name
     for name in ("GetMemory", "ListMemories", "GetDocument", "ListDocuments", "Attend", "Search", "Fetch", "GetStats")
+    # Of what may lack writes no snapshot is taken, and none is restored beside it.
+    + ("CreateSnapshot", "RestoreSnapshot")
 )
 _CHANGES = frozenset(
     _OURS + name for name in ("PutDocument", "CommitUpload", "DeleteDocument", "CreateMemory", "DeleteMemory")

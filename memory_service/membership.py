@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memory_service.errors import DataLoss, StaleMap, Unavailable
+from memory_service.errors import DataLoss, FailedPrecondition, StaleMap, Unavailable
 from memory_service.shards import Member, Shard, ShardMap
 from memory_service.verbs import SetShardMap
 from memory_service.vfs import Vfs, replace_file
@@ -58,6 +60,14 @@ class Membership:
             behind = Member(known.map, known.shard, True, known.whole)
             self._member = behind  # First: who cannot write to its disk any more lacks writes all the more.
             self._keep(behind)
+
+    @contextmanager
+    def steady(self, known: Member) -> Iterator[None]:
+        """While the block runs no other map is taken. FailedPrecondition if one was since `known`."""
+        with self._lock:
+            if (self._member.map, self._member.shard) != (known.map, known.shard):
+                raise FailedPrecondition("the shard map changed meanwhile; begin again", reason="MOVING")
+            yield
 
     def check(self, epoch: int, reads: bool) -> None:
         """Raise StaleMap if a call was routed by an older map, Unavailable if it reads what may lack writes."""

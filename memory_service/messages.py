@@ -25,6 +25,7 @@ from memory_service.types import (
     Scalar,
     SessionAppend,
     SessionInfo,
+    Snapshot,
     Stats,
     Upload,
 )
@@ -42,6 +43,8 @@ OPERATION_KIND = {
     OperationKind.INDEX: pb.OPERATION_KIND_INDEX,
     OperationKind.COMPACT: pb.OPERATION_KIND_COMPACT,
     OperationKind.VERIFY: pb.OPERATION_KIND_VERIFY,
+    OperationKind.SNAPSHOT: pb.OPERATION_KIND_SNAPSHOT,
+    OperationKind.RESTORE: pb.OPERATION_KIND_RESTORE,
 }
 OPERATION_STATE = {
     OperationState.RUNNING: pb.OPERATION_STATE_RUNNING,
@@ -300,6 +303,7 @@ def write_operation(operation: Operation) -> pb.Operation:
         message=operation.message,
         created_at=write_time(operation.created_at),
         updated_at=write_time(operation.updated_at),
+        snapshot=operation.snapshot,
     )
 
 
@@ -314,6 +318,37 @@ def read_operation(message: pb.Operation) -> Operation:
         message=message.message,
         created_at=read_time(message.created_at),
         updated_at=read_time(message.updated_at),
+        snapshot=message.snapshot,
+    )
+
+
+def write_snapshot(snapshot: Snapshot) -> pb.Snapshot:
+    return pb.Snapshot(
+        id=snapshot.id,
+        memory=snapshot.memory,
+        created_at=write_time(snapshot.created_at),
+        documents=snapshot.documents,
+        tokens=snapshot.tokens,
+        bytes=snapshot.bytes,
+        shard=snapshot.shard,
+        shards=snapshot.shards,
+        missing=snapshot.missing,
+        problem=snapshot.problem,
+    )
+
+
+def read_snapshot(message: pb.Snapshot) -> Snapshot:
+    return Snapshot(
+        id=message.id,
+        memory=message.memory,
+        created_at=read_time(message.created_at),
+        documents=message.documents,
+        tokens=message.tokens,
+        bytes=message.bytes,
+        shard=message.shard,
+        shards=tuple(message.shards),
+        missing=tuple(message.missing),
+        problem=message.problem,
     )
 
 

@@ -46,14 +46,21 @@ class Operations:
                 catalog.save_operation(tenant, operation)
             self._all[operation.id] = (tenant, operation)
 
-    def start(self, tenant: str, memory: str, kind: OperationKind, work: Work) -> Operation:
+    def find(self, tenant: str, memory: str, kind: OperationKind, snapshot: str) -> Operation | None:
+        """The newest operation of this kind on the memory and the snapshot, if one is remembered."""
+        wanted = (memory, kind, snapshot)
+        return next((one for one in self.list(tenant, memory) if (one.memory, one.kind, one.snapshot) == wanted), None)
+
+    def start(self, tenant: str, memory: str, kind: OperationKind, work: Work, snapshot: str = "") -> Operation:
         """Run work in the background; if the memory already has such work running, that one."""
         now = time.time()
+        wanted = (tenant, memory, kind, snapshot, OperationState.RUNNING)
         with self._lock:
             for owner, known in self._all.values():
-                if (owner, known.memory, known.kind, known.state) == (tenant, memory, kind, OperationState.RUNNING):
+                if (owner, known.memory, known.kind, known.snapshot, known.state) == wanted:
                     return known
-            operation = Operation(secrets.token_hex(12), memory, kind, OperationState.RUNNING, 0, 0, "", now, now)
+            name, running = secrets.token_hex(12), OperationState.RUNNING
+            operation = Operation(name, memory, kind, running, 0, 0, "", now, now, snapshot)
             self._all[operation.id] = (tenant, operation)
             for old in [key for key, (_, one) in self._all.items() if one.state is not OperationState.RUNNING][:-_KEPT]:
                 del self._all[old]

@@ -8,6 +8,7 @@ the header's JSON padded with spaces, then the parts' payloads one after the oth
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ HEADER_STEP = 4096
 FILE_HEADER_BYTES = 256 << 10
 MAX_HEADER_BYTES = 64 << 20
 FORMAT = "fot.segment.v1"
+SEGMENT_NAME = re.compile(r"seg-[0-9a-f]{28}\.safetensors")
 
 Which = Literal["keys", "values"]
 _SAFETENSORS_DTYPE = {DType.BF16: "BF16", DType.F16: "F16", DType.F32: "F32"}

@@ -116,6 +116,17 @@ class SegmentReader:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Check every byte of a file; DataLoss naming the first wrong chunk. `progress` gets the bytes of each step."""
+        for _, block in self.blocks(path, segment, cancel):
+            if progress:
+                progress(len(block))
+
+    def blocks(
+        self, path: Path, segment: SegmentRef, cancel: Cancel | None = None
+    ) -> Iterator[tuple[int, memoryview | bytearray]]:
+        """All bytes of a file in order, each block checked: (offset, bytes), which the next one overwrites.
+
+        DataLoss naming the first wrong chunk.
+        """
         with self._opened(path) as file:
             if (size := self._vfs.file_size(path)) != segment.nbytes:
                 raise DataLoss(f"{path.name} has {size} bytes instead of {segment.nbytes}")
@@ -123,8 +134,7 @@ class SegmentReader:
             self._vfs.pread(file, memoryview(header), 0)
             if crc32(header) != segment.header_crc:
                 raise DataLoss(f"{path.name}: the header does not match its checksum")
-            if progress:
-                progress(segment.header_bytes)
+            yield 0, header
             buffer = memoryview(bytearray(CHUNK_BYTES))
             for part_index, part in enumerate(segment.parts):
                 for chunk in range(part.layout.chunks):
@@ -132,8 +142,7 @@ class SegmentReader:
                         cancel.check()
                     size = part.layout.chunk_nbytes(chunk)
                     self._read_chunk(file, part, part_index, chunk, buffer[:size])
-                    if progress:
-                        progress(size)
+                    yield part.offset + chunk * CHUNK_BYTES, buffer[:size]
 
     def read_header(self, path: Path) -> tuple[MemorySpec, SegmentRef]:
         """What a segment file says of itself, without its payload; DataLoss unless header and file length are sound."""

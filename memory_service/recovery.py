@@ -72,14 +72,17 @@ def rebuild_catalog(path: Path, root: Path, vfs: Vfs) -> Recovery:
 
 
 def _drop_memory(catalog: Catalog, files: SegmentFiles, key: str) -> None:
-    files.tombstones.add([Tombstone(key, EVERYTHING, 0)])
-    files.drop_memory(key)
+    files.abandon_memory(key)
     catalog.forget_memory(key)
 
 
 def _meet_unknown_memories(catalog: Catalog, files: SegmentFiles, found: Recovery, rebuild: bool) -> None:
     known = {memory.key: (memory.tenant, memory.name) for memory in catalog.memories()}
     unknown = [key for key in files.memory_keys() if key not in known]
+    half = {key for key in unknown if files.restoring(key) and not (rebuild and _described(files, key))}
+    for key in half:
+        files.abandon_memory(key)
+    unknown = [key for key in unknown if key not in half]
     if not rebuild and not known and any(next(files.scan(key), None) for key in unknown):
         raise DataLoss(
             "there are segments but the catalogue knows no memory; put the right catalogue back, or run "
@@ -102,6 +105,15 @@ def _meet_unknown_memories(catalog: Catalog, files: SegmentFiles, found: Recover
             continue
         catalog.create_memory(MemoryRow(key, memory.tenant, memory.name, memory.spec, memory.created_at))
         known[key] = (memory.tenant, memory.name)
+
+
+def _described(files: SegmentFiles, key: str) -> bool:
+    """Whether a memory's description, which is the last thing a restore writes, is there."""
+    try:
+        files.read_memory(key)
+    except DataLoss:
+        return False
+    return True
 
 
 def _adopt_segments(catalog: Catalog, files: SegmentFiles, memory: MemoryRow, found: Recovery) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 APPLICATION_ID = 0x666F7431  # "fot1"
 
-# Table -> columns covered by the digest, in order.
-DIGESTED: dict[str, tuple[str, ...]] = {
+# Table -> columns covered by the digest, in order; as they were in version 1.
+_DIGESTED_1: dict[str, tuple[str, ...]] = {
     "memories": ("key", "tenant", "name", "spec", "created_at", "next_generation", "deleted"),
     "segments": ("pk", "memory_key", "path", "nbytes", "header_bytes", "header_crc"),
     "documents": (
@@ -38,6 +38,9 @@ DIGESTED: dict[str, tuple[str, ...]] = {
         "updated_at",
     ),
 }
+
+# As they are now.
+DIGESTED = _DIGESTED_1 | {"operations": (*_DIGESTED_1["operations"], "snapshot")}
 
 _TABLES_1 = """
 CREATE TABLE state (digest INTEGER NOT NULL);
@@ -133,8 +136,22 @@ def _digest_triggers(table: str, columns: tuple[str, ...]) -> str:
     )
 
 
+# The rows leave the digest as they were, and enter it as they are.
+_OPERATIONS_2 = f"""
+CREATE TEMP TABLE moved AS SELECT * FROM operations;
+DELETE FROM operations;
+DROP TRIGGER operations_insert;
+DROP TRIGGER operations_delete;
+DROP TRIGGER operations_update;
+ALTER TABLE operations ADD COLUMN snapshot TEXT NOT NULL DEFAULT '';
+{_digest_triggers("operations", DIGESTED["operations"])}
+INSERT INTO operations SELECT *, '' FROM moved;
+DROP TABLE moved;
+"""
+
 SCHEMA = (
     _TABLES_1
-    + "".join(_digest_triggers(table, columns) for table, columns in DIGESTED.items())
+    + "".join(_digest_triggers(table, columns) for table, columns in _DIGESTED_1.items())
     + f"PRAGMA application_id = {APPLICATION_ID};",
+    _OPERATIONS_2,
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from memory_service.errors import DataLoss, FotError
 from memory_service.memory_file import MemoryFile, memory_from_json, memory_to_json
 from memory_service.parts import (
     FILE_HEADER_BYTES,
+    SEGMENT_NAME,
     SMALL_PART_BYTES,
     PartHeader,
     PartLayout,
@@ -35,12 +36,12 @@ from memory_service.parts import (
 )
 from memory_service.reading import SegmentReader, writable_bytes
 from memory_service.staging import FilePayload, RamPayload, Staging
-from memory_service.tombstones import Tombstones
+from memory_service.tombstones import EVERYTHING, Tombstone, Tombstones
 from memory_service.types import Cancel, MemorySpec
 from memory_service.vfs import Vfs, replace_file
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SEGMENT = re.compile(r"seg-[0-9a-f]{28}\.safetensors")
+RESTORING = "restoring.new"  # Stands in the directory of a memory until the catalogue knows that it was restored.
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,37 @@ class SegmentFiles:
         self._vfs.remove_directory(directory)
         self._vfs.fsync_directory(self._memories)
 
+    # --- Restoring --------------------------------------------------------------------------------------------------
+
+    def place(self, memory_key: str, segment_path: str) -> Path:
+        """Where a segment lies, or is to lie; it stays while its memory is being read."""
+        return self._path(memory_key, segment_path)
+
+    def begin_restore(self, memory_key: str) -> None:
+        """Make a directory for segments to be restored into; until `end_restore`, the next open removes it."""
+        directory = self._directory(memory_key)
+        self._vfs.close(self._vfs.create(directory / RESTORING, 0))
+        self._vfs.fsync_directory(directory)
+
+    def describe_restored(self, memory_key: str, memory: MemoryFile, dead: Iterable[Tombstone]) -> None:
+        """All segments are in place: make that durable, with what is dead in them. A rebuild would adopt it now."""
+        self._vfs.fsync_directory(self._path(memory_key, ""))
+        self.tombstones.add(dead)
+        self.create_memory(memory_key, memory)
+
+    def end_restore(self, memory_key: str) -> None:
+        """The catalogue knows the memory."""
+        self._vfs.unlink(self._path(memory_key, RESTORING))
+
+    def restoring(self, memory_key: str) -> bool:
+        """Whether the memory was being restored when the service stopped, if the catalogue does not know it."""
+        return RESTORING in self._vfs.list_directory(self._path(memory_key, ""))
+
+    def abandon_memory(self, memory_key: str) -> None:
+        """Remove a memory that is not to be; what a crash leaves of it, the next open removes."""
+        self.tombstones.add([Tombstone(memory_key, EVERYTHING, 0)])
+        self.drop_memory(memory_key)
+
     # --- Writing ----------------------------------------------------------------------------------------------------
 
     def stage(self, memory_key: str, layout: PartLayout) -> Staging:
@@ -146,7 +178,7 @@ class SegmentFiles:
             return segments
         except BaseException:
             for staged, _ in moves:
-                if _SEGMENT.search(staged.name):  # Of the parts in RAM; the others go on being uploads.
+                if SEGMENT_NAME.search(staged.name):  # Of the parts in RAM; the others go on being uploads.
                     with suppress(FotError):
                         self._vfs.unlink(staged)
             raise
@@ -211,7 +243,7 @@ class SegmentFiles:
     def scan(self, memory_key: str) -> Iterator[Scanned]:
         """Every segment file of a memory by its header alone, oldest first; the payload is not read."""
         for name in self._vfs.list_directory(self._path(memory_key, "")):
-            if _SEGMENT.fullmatch(name):
+            if SEGMENT_NAME.fullmatch(name):
                 try:
                     spec, segment = self._reader.read_header(self._path(memory_key, name))
                     yield Scanned(name, segment, spec)
@@ -223,7 +255,7 @@ class SegmentFiles:
         doomed = [
             name
             for name in self._vfs.list_directory(self._path(memory_key, ""))
-            if name.endswith(".new") or (_SEGMENT.fullmatch(name) and name not in keep)
+            if name.endswith(".new") or (SEGMENT_NAME.fullmatch(name) and name not in keep)
         ]
         for name in doomed:
             self.remove(memory_key, name)

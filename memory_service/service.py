@@ -35,6 +35,7 @@ from memory_service.verbs import (
     ListDocuments,
     ListMemories,
     ListOperations,
+    ListSnapshots,
     OpenSession,
     PutDocument,
     RenewSession,
@@ -49,7 +50,7 @@ CHUNK_BYTES = 1 << 20
 _MESSAGE_MARGIN = 64 << 10  # Of an answer, beside its tensors.
 _ATTEND = (Attend, Search, AppendSessions, OpenSession, RenewSession, CloseSession)
 _INGEST = (PutDocument, BeginUpload, GetUpload, CommitUpload, AbortUpload, DeleteDocument, CreateMemory, DeleteMemory)
-_LISTINGS = (ListMemories, ListDocuments, ListDeleted, ListOperations)
+_LISTINGS = (ListMemories, ListDocuments, ListDeleted, ListOperations, ListSnapshots)
 
 
 class AnyStore(Protocol):

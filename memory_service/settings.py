@@ -23,11 +23,15 @@ class StoreOptions:
     tenant_bytes: int | None = None  # Committed bytes a tenant may hold; None: no limit.
     tenant_sessions: int = 1024  # Open sessions a tenant may hold.
     tenant_memories: int = 1024  # Memories a tenant may hold.
+    tenant_snapshots: int = 1024  # Snapshots a tenant may hold.
     upload_lease_s: float = 600.0  # An upload nobody writes to is dropped after this.
     max_lease_s: float = 86_400.0  # The longest session lease.
     scratch_bytes: int = 64 * MIB  # Working memory of one attend; more queries at once need more passes.
     device: str = "cpu"  # Where hot keys live and attention runs: "cpu", "cuda", "cuda:1", …
     background: bool = True  # Build indexes and compact without being asked.
+    snapshots: Path | None = None  # Directory of all snapshots; None: "snapshots" in the data directory.
+    begin_from_snapshots: bool = False  # A directory without a catalogue begins with the newest ones, not empty.
+    begin_from_shard: str = ""  # Whose, where the directory holds several shards' snapshots.
 
 
 class ServerSettings(BaseSettings):

@@ -19,6 +19,8 @@ from memory_service.errors import InvalidArgument
 
 MAX_SHARDS = 1024
 MAX_REPLICAS = 16
+# Why a shard's part of a memory cannot go by another name.
+OTHER_NAME = "over several shards documents lie where their memory's name puts them; restore it as {!r}"
 _STAMP_BITS = 11  # Below the microsecond: what tells two writers of the same one apart.
 
 

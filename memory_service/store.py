@@ -18,6 +18,7 @@ import torch
 
 from memory_service import engine, verbs
 from memory_service.background import Background
+from memory_service.beginning import Beginning
 from memory_service.catalog import Catalog, MemoryRow
 from memory_service.documents import Documents
 from memory_service.errors import (
@@ -42,11 +43,14 @@ from memory_service.provenance import session_source
 from memory_service.recent import Recent
 from memory_service.recovery import recover
 from memory_service.residency import Residency
+from memory_service.restores import Restores
 from memory_service.scan import Arena
 from memory_service.segments import SegmentFiles
 from memory_service.sessions import Session, Sessions
 from memory_service.settings import StoreOptions
 from memory_service.slabs import read_spans
+from memory_service.snapshot_files import SnapshotFiles
+from memory_service.snapshots import Snapshots
 from memory_service.tombstones import Tombstone
 from memory_service.types import (
     Attended,
@@ -97,6 +101,11 @@ class Store:
         self.membership = Membership(root, vfs)
         self._documents = Documents(catalog, files, options, self._tenant_bytes, self._storage_failed)
         self._operations = Operations(catalog, self._storage_failed)
+        kept = None if root is None else SnapshotFiles(options.snapshots or root / "snapshots", root, vfs)
+        self._snapshots = Snapshots(files, kept, options, self._operations, self.membership)
+        self._restores = Restores(self._snapshots, catalog, files, self._operations, self.membership, self)
+        self._reserved: dict[tuple[str, str], int] = {}  # Bytes of memories that are being restored.
+        self._beginning: Beginning | None = None
         self._upkeep = Upkeep(catalog, files, vfs, root)
         self._arenas = threading.local()
         self._recent = Recent()
@@ -127,6 +136,11 @@ class Store:
             verbs.GetOperation: self._get_operation,
             verbs.ListOperations: self._list_operations,
             verbs.CancelOperation: self._cancel_operation,
+            verbs.CreateSnapshot: lambda t, v, _: self._snapshots.create(t, self._memory(t, v.memory), v),
+            verbs.GetSnapshot: lambda t, v, _: self._snapshots.get(t, v.snapshot),
+            verbs.ListSnapshots: lambda t, v, _: self._snapshots.list(t, v),
+            verbs.DeleteSnapshot: lambda t, v, _: self._snapshots.delete(t, v.snapshot),
+            verbs.RestoreSnapshot: lambda t, v, _: self._restores.restore(t, v),
             verbs.GetShardMap: lambda t, v, _: self.membership.member,
             verbs.SetShardMap: lambda t, v, _: self.membership.set(v),
             verbs.MarkBehind: lambda t, v, _: self.membership.mark_behind(v.missed),
@@ -140,14 +154,24 @@ class Store:
     # --- Life -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, directory: Path | None, options: StoreOptions | None = None, vfs: Vfs | None = None) -> Store:
+    def open(
+        cls,
+        directory: Path | None,
+        options: StoreOptions | None = None,
+        vfs: Vfs | None = None,
+        *,
+        begin: bool = True,
+    ) -> Store:
         """Open a directory (made if missing), or a store in RAM. Recovers from whatever interrupted the last run.
 
-        Raises FailedPrecondition if another process has the directory, DataLoss if the catalogue is damaged.
+        Raises FailedPrecondition if another process has the directory, DataLoss if the catalogue is damaged. What
+        begins from snapshots does so before it returns, unless the caller is to call `begin`.
         """
         options = options or StoreOptions()
         vfs = vfs or OsVfs()
         if directory is None:
+            if options.begin_from_snapshots:
+                raise InvalidArgument("a store in RAM does not begin from snapshots; give it a directory")
             store = cls(Catalog.open(None), None, None, vfs, options)
         else:
             vfs.make_directory(directory)
@@ -158,10 +182,35 @@ class Store:
                 vfs.close(lock)
                 raise
             store._lock_file = lock
-        store.ready = True
-        if options.background:
-            store._background.start()
+        if store._beginning is None:
+            store._start()
+        elif begin:
+            try:
+                store.begin()
+            except BaseException:
+                store.close()
+                raise
         return store
+
+    @property
+    def beginning(self) -> bool:
+        """Whether the store answers nothing yet: it is still to be filled from snapshots."""
+        return self._beginning is not None
+
+    def begin(self) -> None:
+        """Fill the store from snapshots, if it is to begin so. Raises DataLoss if a memory has no whole one."""
+        if self._beginning is None:
+            return
+        with self._lock:
+            known = set(self._memories)
+        self._beginning.run(self._restores, known)
+        self._beginning = None
+        self._start()
+
+    def _start(self) -> None:
+        self.ready = True
+        if self.options.background:
+            self._background.start()
 
     @classmethod
     def _open_directory(cls, directory: Path, options: StoreOptions, vfs: Vfs) -> Store:
@@ -172,6 +221,7 @@ class Store:
                 raise DataLoss(
                     f"{directory} holds memories but no catalogue; bring it back with `fot verify --rebuild-catalog`"
                 )
+            beginning = Beginning.of(directory, vfs, options, fresh)
             on_commit = getattr(vfs, "note_catalog", None)
             path = directory / "catalog.sqlite"
             catalog = Catalog.open(path, vfs=vfs, on_commit=None if on_commit is None else lambda: on_commit(path))
@@ -190,6 +240,8 @@ class Store:
             for row in catalog.memories():
                 store._memories[row.tenant, row.name] = store._load(row)
             store._upkeep.sweep_indexes({row.key for row in catalog.memories()})
+            store._snapshots.sweep()
+            store._beginning = beginning
         except BaseException:
             catalog.close()
             files.close()
@@ -217,8 +269,11 @@ class Store:
             return
         self.ready = False
         self._closing.set()
+        if self._beginning is not None:
+            self._beginning.stop()
         self._background.stop()
         self._operations.close()
+        self._snapshots.close()
         if self._files is not None:
             self._files.close()
         self._catalog.close()
@@ -237,6 +292,8 @@ class Store:
         """Do what the verb says for this tenant. Blocking; raises FotError."""
         if self._closing.is_set():
             raise Unavailable("the store is closed")
+        if self._beginning is not None:
+            raise Unavailable("the service is being filled from snapshots; try again when it is ready")
         if self.read_only_reason and isinstance(verb, _WRITES):
             raise Unavailable(f"the store is read-only: {self.read_only_reason}", reason="READ_ONLY")
         cancel = cancel or Cancel()
@@ -293,8 +350,7 @@ class Store:
                 if known.spec != verb.spec:
                     raise AlreadyExists(f"memory {verb.name!r} exists with another spec: {known.spec}")
                 return known.info
-            if sum(owner == tenant for owner, _ in self._memories) >= self.options.tenant_memories:
-                raise QuotaExceeded(f"the tenant has {self.options.tenant_memories} memories, which is its limit")
+            self._check_name_free(tenant, verb.name)
             created_at = verb.created_at or time.time()
             row = MemoryRow(secrets.token_hex(16), tenant, verb.name, verb.spec, created_at, 1)
             if self._files is not None:
@@ -344,6 +400,42 @@ class Store:
         if memory is None:
             raise NotFound(f"no memory {name!r}; create it first")
         return memory
+
+    # --- Memories that are being restored -----------------------------------------------------------------------------
+
+    def reserve(self, tenant: str, name: str, nbytes: int) -> None:
+        """Keep a name and room for a memory that is to be. Raises AlreadyExists, QuotaExceeded."""
+        with self._lock:
+            if (tenant, name) in self._memories:
+                raise AlreadyExists(
+                    f"there is a memory {name!r} already; restore under another name, or delete that one first"
+                )
+            self._check_name_free(tenant, name)
+            limit, have = self.options.tenant_bytes, self._tenant_bytes(tenant)
+            if limit is not None and have + nbytes > limit:
+                raise QuotaExceeded(
+                    f"the tenant holds {have:,} of {limit:,} bytes and the snapshot has {nbytes:,} more; delete "
+                    "documents or ask the operator for a larger quota"
+                )
+            self._reserved[tenant, name] = nbytes
+
+    def release(self, tenant: str, name: str) -> None:
+        """The memory is there, or will not be."""
+        with self._lock:
+            del self._reserved[tenant, name]
+
+    def admit(self, row: MemoryRow) -> None:
+        """Serve a memory that the catalogue knows now."""
+        memory = self._load(row)
+        with self._lock:
+            self._memories[row.tenant, row.name] = memory
+
+    def _check_name_free(self, tenant: str, name: str) -> None:
+        if (tenant, name) in self._reserved:
+            raise AlreadyExists(f"a memory {name!r} is being restored; wait for that operation, or cancel it")
+        mine = [owner for owner, _ in (*self._memories, *self._reserved) if owner == tenant]
+        if len(mine) >= self.options.tenant_memories:
+            raise QuotaExceeded(f"the tenant has {self.options.tenant_memories} memories, which is its limit")
 
     # --- Sessions ---------------------------------------------------------------------------------------------------
 
@@ -452,6 +544,8 @@ class Store:
 
     def _start_operation(self, tenant: str, verb: verbs.StartOperation, _: Cancel) -> Operation:
         memory = self._memory(tenant, verb.memory)
+        if verb.kind in (OperationKind.SNAPSHOT, OperationKind.RESTORE):
+            raise InvalidArgument(f"{verb.kind} has a call of its own: CreateSnapshot, RestoreSnapshot")
         if verb.kind is OperationKind.INDEX and memory.spec.index.factory == "none":
             raise FailedPrecondition(f"memory {verb.memory!r} was created with index factory none: it is never indexed")
         if verb.factory:
@@ -488,7 +582,8 @@ class Store:
     # --- Inside -----------------------------------------------------------------------------------------------------
 
     def _tenant_bytes(self, tenant: str) -> int:
-        return sum(memory.nbytes for (owner, _), memory in self._memories.copy().items() if owner == tenant)
+        reserved = sum(nbytes for (owner, _), nbytes in self._reserved.copy().items() if owner == tenant)
+        return reserved + sum(one.nbytes for (owner, _), one in self._memories.copy().items() if owner == tenant)
 
     def _live(self) -> list[LiveMemory]:
         with self._lock:
@@ -520,5 +615,8 @@ _WRITES = (
     verbs.CommitUpload,
     verbs.DeleteDocument,
     verbs.StartOperation,
+    verbs.CreateSnapshot,
+    verbs.DeleteSnapshot,
+    verbs.RestoreSnapshot,
     verbs.SetShardMap,
 )

@@ -483,6 +483,8 @@ class OperationKind(StrEnum):
     INDEX = "index"
     COMPACT = "compact"
     VERIFY = "verify"
+    SNAPSHOT = "snapshot"
+    RESTORE = "restore"
 
 
 class OperationState(StrEnum):
@@ -505,6 +507,23 @@ class Operation:
     message: str  # A sentence on the outcome or the error.
     created_at: float
     updated_at: float
+    snapshot: str = ""  # Of SNAPSHOT and RESTORE: the snapshot's id.
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A memory as it was at one moment, in files of its own."""
+
+    id: str
+    memory: str  # The memory's name then; empty if `problem` keeps it from being known.
+    created_at: float  # Seconds since the epoch.
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0  # Of its files; those it shares with the memory or with other snapshots are counted too.
+    shard: str = ""  # Of a cluster's memory: the shard it was taken of; empty where all its shards are told together.
+    shards: tuple[str, ...] = ()  # The shards of the map then, by id; none if the process belonged to no cluster.
+    missing: tuple[str, ...] = ()  # Of `shards`, those whose part of the snapshot was not found.
+    problem: str = ""  # Why it cannot be restored, as far as its description tells.
 
 
 @dataclass(frozen=True, slots=True)
@@ -577,6 +596,11 @@ def check_name(name: str, what: str) -> None:
     """Raise InvalidArgument unless `name` is 1-63 letters, digits, '.', '_' or '-' and starts with one of the first."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(f"{what} must be 1-63 letters, digits, '.', '_' or '-', starting with a letter or digit")
+
+
+def check_snapshot_id(snapshot: str) -> None:
+    """Raise InvalidArgument unless it can be a snapshot's id."""
+    check_name(snapshot, "a snapshot's id")
 
 
 def check_document_id(document: str) -> None:

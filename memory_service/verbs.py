@@ -30,6 +30,7 @@ from memory_service.types import (
     Scalar,
     SessionAppend,
     SessionInfo,
+    Snapshot,
     Stats,
     TopTokens,
     Upload,
@@ -287,6 +288,54 @@ class ListOperations(Verb[Page[Operation]]):
 class CancelOperation(Verb[Operation]):
     role = Role.ADMIN
     operation: str
+
+
+# --- Snapshots ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSnapshot(Verb[Operation]):
+    """Keep the memory as it is at this moment. The same id again returns the operation that makes or made it.
+
+    AlreadyExists if the id names another snapshot. Without an id every call makes one, named by the time.
+    """
+
+    role = Role.ADMIN
+    memory: str
+    snapshot: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GetSnapshot(Verb[Snapshot]):
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListSnapshots(Verb[Page[Snapshot]]):
+    """Snapshots by id, ascending; of one memory (of the name it had), or of all."""
+
+    memory: str = ""
+    page_size: int = 100
+    page_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSnapshot(Verb[None]):
+    """Delete a snapshot; durable on return. NotFound if there is none."""
+
+    role = Role.ADMIN
+    repeatable = False
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreSnapshot(Verb[Operation]):
+    """Make a new memory of a snapshot, once every byte was checked. AlreadyExists if the name is taken."""
+
+    role = Role.ADMIN
+    repeatable = False
+    snapshot: str
+    memory: str = ""  # The new memory's name; empty: the one it had.
 
 
 # --- Clusters -------------------------------------------------------------------------------------------------------

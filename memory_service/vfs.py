@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ Buffer = bytes | bytearray | memoryview
 MAX_READ_FILE = 64 << 20
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNLINKABLE = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _BUSY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -27,6 +29,10 @@ class StorageFailed(Unavailable):
     """The disk failed to write or sync; what it holds is unknown, so the store turns read-only for good."""
 
     reason = "STORAGE_FAILED"
+
+
+class CannotLink(FotError):
+    """The file system gives a file no second name there: it is another one, or knows no hard links."""
 
 
 class File(Protocol):
@@ -65,6 +71,12 @@ class Vfs(Protocol):
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename atomically, replacing `target`; durable after `fsync_directory` of the target's directory."""
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a regular file a second name, which must be free; durable after `fsync_directory` of its directory.
+
+        CannotLink where the file system does not; FileNotFoundError if there is no source.
+        """
 
     def unlink(self, path: Path) -> None:
         """Remove a file; a missing one is fine."""
@@ -118,7 +130,9 @@ class OsVfs:
 
     def open(self, path: Path, *, write: bool = False) -> OsFile:
         with _translated("open", path, missing_is_normal=True):
-            return OsFile(path, os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW))
+            # Non-blocking: what stands in a pipe's place of a file must not be waited for. Files do not care.
+            flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            return OsFile(path, os.open(path, flags))
 
     def allocate(self, file: File, size: int) -> None:
         if size:
@@ -159,6 +173,17 @@ class OsVfs:
     def rename(self, source: Path, target: Path) -> None:
         with _translated("rename", source):
             os.rename(source, target)  # noqa: PTH104 - one style for all calls of this file
+
+    def link(self, source: Path, target: Path) -> None:
+        with _translated("link", source, missing_is_normal=True):
+            if not stat.S_ISREG(source.lstat().st_mode):
+                raise DataLoss(f"{source.name} is not a regular file")
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _UNLINKABLE:
+                    raise CannotLink(f"{source.name} cannot be linked: {error.strerror}") from error
+                raise
 
     def unlink(self, path: Path) -> None:
         with _translated("unlink", path):

@@ -23,7 +23,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Show a cluster's shards and replicas, what they hold and what they lack; exit code 1 if one is not whole."""
-    with _caretaker(target, token_file, ca, insecure) as keeper:
+    with caretaker(target, token_file, ca, insecure) as keeper:
         found = keeper.status(compare)
     if json:
         print_json(found)
@@ -45,7 +45,7 @@ def heal(
     json: Json = False,
 ) -> None:
     """Make the replicas of every shard equal, and let those that were away answer again. Safe while writes go on."""
-    with _caretaker(target, token_file, ca, insecure) as keeper:
+    with caretaker(target, token_file, ca, insecure) as keeper:
         while True:
             found = keeper.heal(force=force)
             if json:
@@ -63,7 +63,8 @@ def heal(
         raise typer.Exit(1)
 
 
-def _caretaker(target: str, token_file: TokenFile, ca: Ca, insecure: bool) -> Caretaker:
+def caretaker(target: str, token_file: TokenFile, ca: Ca, insecure: bool) -> Caretaker:
+    """The caretaker of a cluster's target, with the caller's own token."""
     return Caretaker.open(target, tokens=(token_file,), tls=Tls(ca=ca) if ca else None, insecure=insecure)
 
 

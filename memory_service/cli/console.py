@@ -37,12 +37,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
-def connect(target: str, token_file: Path | None, ca: Path | None, insecure: bool, create: bool = False) -> Client:
-    """Open the target a command names; only `create` makes a directory that is not there."""
+def connect(
+    target: str,
+    token_file: Path | None,
+    ca: Path | None,
+    insecure: bool,
+    create: bool = False,
+    snapshots: Path | None = None,
+) -> Client:
+    """Open the target a command names; only `create` makes a directory that is not there.
+
+    A directory keeps its snapshots in `snapshots`, or in itself.
+    """
     tls = tls_of(ca, target)
     here = "://" not in target and not target.startswith("unix:")
     # A command that looks at a directory does not start to build indexes there.
-    options = StoreOptions(background=False) if here else None
+    options = StoreOptions(background=False, snapshots=snapshots) if here else None
     return Client.open(
         target, token=token_file, tls=tls, insecure=insecure, timeout_s=PATIENCE_S, options=options, create=create
     )

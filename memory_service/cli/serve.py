@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import resource
+import signal
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -16,9 +20,9 @@ from pydantic import ValidationError
 from memory_service.allocator import keep_freed_memory
 from memory_service.cli.console import Json, print_json, print_table
 from memory_service.cli.environment import variable
-from memory_service.errors import InvalidArgument
+from memory_service.errors import Cancelled, FotError, Internal, InvalidArgument
 from memory_service.lifetime import run
-from memory_service.logs import configure
+from memory_service.logs import configure, event
 from memory_service.server import Server
 from memory_service.server import serve as serve_until_stopped
 from memory_service.settings import ServerSettings, StoreOptions
@@ -49,6 +53,15 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Where attention runs: cpu, cuda, cuda:1, …")] = None,
     resident: Annotated[str | None, typer.Option(help="RAM for hot keys and values, as in 8GiB.")] = None,
     sessions: Annotated[str | None, typer.Option(help="RAM for all sessions, as in 8GiB.")] = None,
+    snapshots: Annotated[
+        Path | None, typer.Option(help="Where snapshots are kept; by default in the directory.")
+    ] = None,
+    begin_from_snapshots: Annotated[
+        bool | None, typer.Option("--begin-from-snapshots", help="Fill a new directory from the newest snapshots.")
+    ] = None,
+    begin_from_shard: Annotated[
+        str | None, typer.Option(help="Whose, if there are snapshots of several shards.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
 ) -> None:
@@ -68,7 +81,14 @@ def serve(
         health=health,
         log_level=log_level,
         log_format=log_format,
-        store=_given(device=device, resident_bytes=_bytes(resident), session_bytes=_bytes(sessions)),
+        store=_given(
+            device=device,
+            resident_bytes=_bytes(resident),
+            session_bytes=_bytes(sessions),
+            snapshots=snapshots,
+            begin_from_snapshots=begin_from_snapshots,
+            begin_from_shard=begin_from_shard,
+        ),
     )
     if settings.data is None:
         raise typer.BadParameter(f"say where to keep the data, as in fot serve ./data; {IN_MEMORY} forgets it")
@@ -80,10 +100,30 @@ def serve(
         where = ", ".join(_target(address, tls=settings.tls_certificate is not None) for address in server.addresses)
         sys.stdout.write(f"fot serves {settings.data} at {where}\n")
         sys.stdout.flush()
+        if store.beginning:
+            threading.Thread(target=_begin, args=(store, failed), name="fot-begin", daemon=True).start()
 
-    with Store.open(data, settings.store) as store:
+    failed: list[FotError] = []
+    with Store.open(data, settings.store, begin=False) as store:
         keep_freed_memory()
         run(serve_until_stopped(store, settings, announce))
+    if failed:
+        raise failed[0]
+
+
+def _begin(store: Store, failed: list[FotError]) -> None:
+    """Fill the store while it already says that it is not ready; what cannot be filled must not be served."""
+    try:
+        store.begin()
+    except Cancelled:
+        return
+    except FotError as error:
+        failed.append(error)
+    except Exception as error:
+        event(logging.ERROR, "the store could not be filled from snapshots", error)
+        failed.append(Internal("the store could not be filled from snapshots; the log has the details"))
+    if failed:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def settings(json: Json = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from memory_service.cli.console import TARGET, Ca, Insecure, Json, Target, TokenFile, connect, print_json, say
-from memory_service.client import Memory
 from memory_service.errors import FailedPrecondition
 from memory_service.types import Operation, OperationKind, OperationState
 
@@ -71,7 +71,7 @@ def _work(
 ) -> None:
     with connect(target, token_file, ca, insecure) as client:
         memory = client.memory(name)
-        ended = _watched(memory, memory.start(kind, factory=factory))
+        ended = watched(memory.start(kind, factory=factory), memory.operation)
     if json:
         print_json(ended)
         if ended.state is not OperationState.DONE:
@@ -82,7 +82,7 @@ def _work(
         raise FailedPrecondition(f"the {kind} of memory {name} {ended.state}: {ended.message}")
 
 
-def _watched(memory: Memory, operation: Operation) -> Operation:
+def watched(operation: Operation, look: Callable[[str], Operation]) -> Operation:
     """The operation once it has ended; a bar on standard error tells how far it is."""
     columns = (TextColumn(operation.kind), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -90,5 +90,5 @@ def _watched(memory: Memory, operation: Operation) -> Operation:
         while operation.state is OperationState.RUNNING:
             bar.update(task, completed=operation.done, total=operation.total or None)
             time.sleep(POLL_S)
-            operation = memory.operation(operation.id)
+            operation = look(operation.id)
     return operation

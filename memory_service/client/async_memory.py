@@ -9,8 +9,6 @@ Shape letters: L memory layers, H key/value heads, G query heads, T tokens, Q qu
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -23,6 +21,7 @@ from memory_service.client.arguments import (
     TokenIds,
     describe,
     fresh_request_id,
+    fresh_snapshot_id,
     groups_of,
     options_of,
     put_of,
@@ -33,7 +32,6 @@ from memory_service.client.async_session import AsyncSession
 from memory_service.client.connection import AsyncConnection, Opening
 from memory_service.client.places import TIMEOUT_S, Tls, open_async_place
 from memory_service.client.scopes import ScopeLike, scope_of
-from memory_service.errors import DeadlineExceeded
 from memory_service.filters import Where, filter_of
 from memory_service.settings import StoreOptions
 from memory_service.types import (
@@ -50,9 +48,9 @@ from memory_service.types import (
     MemorySpec,
     Operation,
     OperationKind,
-    OperationState,
     Scalar,
     SessionAppend,
+    Snapshot,
     Stats,
     TopTokens,
 )
@@ -60,6 +58,7 @@ from memory_service.verbs import (
     AppendSessions,
     Attend,
     CancelOperation,
+    CreateSnapshot,
     DeleteDocument,
     Fetch,
     GetDocument,
@@ -68,13 +67,12 @@ from memory_service.verbs import (
     GetStats,
     ListDocuments,
     ListOperations,
+    ListSnapshots,
     OpenSession,
     RenewSession,
     Search,
     StartOperation,
 )
-
-POLL_S = 0.2
 
 
 class AsyncMemory:
@@ -290,6 +288,18 @@ class AsyncMemory:
         """
         return await self.connection.run(StartOperation(self.name, word(OperationKind, kind), factory))
 
+    async def snapshot(self, snapshot: str | None = None) -> Operation:
+        """Begin to keep the memory as it is at this moment, as a snapshot; by default named by the time.
+
+        `wait` for the operation: once it is DONE, the snapshot exists; its `snapshot` is the id. Raises AlreadyExists
+        if the id names another snapshot, FailedPrecondition in RAM, QuotaExceeded.
+        """
+        return await self.connection.run(CreateSnapshot(self.name, snapshot or fresh_snapshot_id()))
+
+    def snapshots(self) -> AsyncIterator[Snapshot]:
+        """Snapshots of the memory of this name, by id."""
+        return self.connection.items(lambda page: ListSnapshots(self.name, MAX_PAGE_SIZE, page))
+
     async def operation(self, operation_id: str) -> Operation:
         """How far an operation has come."""
         return await self.connection.run(GetOperation(operation_id))
@@ -304,13 +314,7 @@ class AsyncMemory:
 
     async def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
         """Wait until an operation has ended, well or not; look at its `state`. Raises DeadlineExceeded."""
-        until = None if timeout_s is None else time.monotonic() + timeout_s
-        while operation.state is OperationState.RUNNING:
-            if until is not None and time.monotonic() > until:
-                raise DeadlineExceeded(f"the {operation.kind} of memory {operation.memory!r} still runs")
-            await asyncio.sleep(POLL_S)
-            operation = await self.operation(operation.id)
-        return operation
+        return await self.connection.wait(operation, timeout_s)
 
     async def close(self) -> None:
         """Let go of the connection or of the directory, if this memory was opened by itself. Harmless twice."""

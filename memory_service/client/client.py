@@ -10,8 +10,19 @@ from memory_service.client.connection import Connection
 from memory_service.client.memory import Memory
 from memory_service.client.places import TIMEOUT_S, Tls, open_place
 from memory_service.settings import StoreOptions
-from memory_service.types import MAX_PAGE_SIZE, MemoryInfo, MemorySpec, Operation, Stats
-from memory_service.verbs import DeleteMemory, GetOperation, GetStats, ListMemories, ListOperations, Verb
+from memory_service.types import MAX_PAGE_SIZE, MemoryInfo, MemorySpec, Operation, Snapshot, Stats
+from memory_service.verbs import (
+    DeleteMemory,
+    DeleteSnapshot,
+    GetOperation,
+    GetSnapshot,
+    GetStats,
+    ListMemories,
+    ListOperations,
+    ListSnapshots,
+    RestoreSnapshot,
+    Verb,
+)
 
 Answer = TypeVar("Answer")
 
@@ -70,6 +81,30 @@ class Client:
     def operation(self, operation_id: str) -> Operation:
         """How far an operation has come."""
         return self.run(GetOperation(operation_id))
+
+    def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
+        """Wait until an operation has ended, well or not; look at its `state`. Raises DeadlineExceeded."""
+        return self.connection.wait(operation, timeout_s)
+
+    def snapshots(self, memory: str = "") -> Iterator[Snapshot]:
+        """Snapshots by id: of the memory that had a name, whether it is still there or not, or of all."""
+        return self.connection.items(lambda page: ListSnapshots(memory, MAX_PAGE_SIZE, page))
+
+    def snapshot(self, snapshot: str) -> Snapshot:
+        """What is known of a snapshot. Raises NotFound."""
+        return self.run(GetSnapshot(snapshot))
+
+    def delete_snapshot(self, snapshot: str) -> None:
+        """Delete a snapshot; durable on return. Raises NotFound."""
+        self.run(DeleteSnapshot(snapshot))
+
+    def restore(self, snapshot: str, name: str = "") -> Operation:
+        """Begin to make a memory of a snapshot, of the name it had or of another. `wait` for the operation.
+
+        The memory appears, whole, once every byte was checked; if one is damaged, the operation fails and nothing is
+        left. Raises NotFound, AlreadyExists if the name is taken, DataLoss, QuotaExceeded.
+        """
+        return self.run(RestoreSnapshot(snapshot, name))
 
     def run(self, verb: Verb[Answer], timeout_s: float | None = None) -> Answer:
         """Ask one verb, as `memory_service.verbs` defines it."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, Protocol, TypeVar
 
 from memory_service.client.arguments import check_same_spec
 from memory_service.client.places import AsyncPlace, Place
-from memory_service.errors import NotFound
-from memory_service.types import MemoryInfo, MemorySpec, Page
-from memory_service.verbs import CreateMemory, GetMemory, Verb
+from memory_service.errors import DeadlineExceeded, NotFound
+from memory_service.types import MemoryInfo, MemorySpec, Operation, OperationState, Page
+from memory_service.verbs import CreateMemory, GetMemory, GetOperation, Verb
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
+
+POLL_S = 0.2
 
 
 class Connection:
@@ -44,6 +48,16 @@ class Connection:
         while page.next:
             page = self.run(ask(page.next))
             yield from page.items
+
+    def wait(self, operation: Operation, timeout_s: float | None) -> Operation:
+        """The operation once it has ended. Raises DeadlineExceeded."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while operation.state is OperationState.RUNNING:
+            if until is not None and time.monotonic() > until:
+                raise _still_runs(operation)
+            time.sleep(POLL_S)
+            operation = self.run(GetOperation(operation.id))
+        return operation
 
     def find_memory(self, name: str, spec: MemorySpec | None) -> MemoryInfo:
         """A memory; with a spec it is created if there is none. Only creating needs an admin's token."""
@@ -88,6 +102,16 @@ class AsyncConnection:
             for item in page.items:
                 yield item
 
+    async def wait(self, operation: Operation, timeout_s: float | None) -> Operation:
+        """The operation once it has ended. Raises DeadlineExceeded."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while operation.state is OperationState.RUNNING:
+            if until is not None and time.monotonic() > until:
+                raise _still_runs(operation)
+            await asyncio.sleep(POLL_S)
+            operation = await self.run(GetOperation(operation.id))
+        return operation
+
     async def find_memory(self, name: str, spec: MemorySpec | None) -> MemoryInfo:
         """A memory; with a spec it is created if there is none. Only creating needs an admin's token."""
         try:
@@ -103,6 +127,10 @@ class AsyncConnection:
     async def close(self) -> None:
         """Let go of the connection or of the directory. Harmless twice."""
         await self.place.close()
+
+
+def _still_runs(operation: Operation) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the {operation.kind} of memory {operation.memory!r} still runs")
 
 
 class _Closing(Protocol):

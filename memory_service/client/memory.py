@@ -9,7 +9,6 @@ Shape letters: L memory layers, H key/value heads, G query heads, T tokens, Q qu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -22,6 +21,7 @@ from memory_service.client.arguments import (
     TokenIds,
     describe,
     fresh_request_id,
+    fresh_snapshot_id,
     groups_of,
     options_of,
     put_of,
@@ -32,7 +32,6 @@ from memory_service.client.connection import Connection
 from memory_service.client.places import TIMEOUT_S, Tls, open_place
 from memory_service.client.scopes import ScopeLike, scope_of
 from memory_service.client.session import Session
-from memory_service.errors import DeadlineExceeded
 from memory_service.filters import Where, filter_of
 from memory_service.settings import StoreOptions
 from memory_service.types import (
@@ -49,9 +48,9 @@ from memory_service.types import (
     MemorySpec,
     Operation,
     OperationKind,
-    OperationState,
     Scalar,
     SessionAppend,
+    Snapshot,
     Stats,
     TopTokens,
 )
@@ -59,6 +58,7 @@ from memory_service.verbs import (
     AppendSessions,
     Attend,
     CancelOperation,
+    CreateSnapshot,
     DeleteDocument,
     Fetch,
     GetDocument,
@@ -67,13 +67,12 @@ from memory_service.verbs import (
     GetStats,
     ListDocuments,
     ListOperations,
+    ListSnapshots,
     OpenSession,
     RenewSession,
     Search,
     StartOperation,
 )
-
-POLL_S = 0.2
 
 
 class Memory:
@@ -280,6 +279,18 @@ class Memory:
         """
         return self.connection.run(StartOperation(self.name, word(OperationKind, kind), factory))
 
+    def snapshot(self, snapshot: str | None = None) -> Operation:
+        """Begin to keep the memory as it is at this moment, as a snapshot; by default named by the time.
+
+        `wait` for the operation: once it is DONE, the snapshot exists; its `snapshot` is the id. Raises AlreadyExists
+        if the id names another snapshot, FailedPrecondition in RAM, QuotaExceeded.
+        """
+        return self.connection.run(CreateSnapshot(self.name, snapshot or fresh_snapshot_id()))
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Snapshots of the memory of this name, by id."""
+        return self.connection.items(lambda page: ListSnapshots(self.name, MAX_PAGE_SIZE, page))
+
     def operation(self, operation_id: str) -> Operation:
         """How far an operation has come."""
         return self.connection.run(GetOperation(operation_id))
@@ -294,13 +305,7 @@ class Memory:
 
     def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
         """Wait until an operation has ended, well or not; look at its `state`. Raises DeadlineExceeded."""
-        until = None if timeout_s is None else time.monotonic() + timeout_s
-        while operation.state is OperationState.RUNNING:
-            if until is not None and time.monotonic() > until:
-                raise DeadlineExceeded(f"the {operation.kind} of memory {operation.memory!r} still runs")
-            time.sleep(POLL_S)
-            operation = self.operation(operation.id)
-        return operation
+        return self.connection.wait(operation, timeout_s)
 
     def close(self) -> None:
         """Let go of the connection or of the directory, if this memory was opened by itself. Harmless twice."""

@@ -18,11 +18,9 @@ from memory_service.paging import page_size
 from memory_service.shards import Shard
 from memory_service.types import DocumentInfo, MemoryInfo, Operation, OperationState, Page, Stats
 from memory_service.verbs import (
-    CancelOperation,
     CreateMemory,
     DeleteMemory,
     GetMemory,
-    GetOperation,
     GetStats,
     ListDocuments,
     ListMemories,
@@ -39,7 +37,7 @@ def create(route: Route, verb: CreateMemory) -> Flow[MemoryInfo]:
     """Create the memory in every process; each shard needs one that did."""
     verb = replace(verb, created_at=verb.created_at or time.time())
     found = yield from route.everywhere(route.map.addresses, verb)
-    _check_each_shard(route, found)
+    check_each_shard(route, found)
     infos = [one for one in found.values() if isinstance(one, MemoryInfo)]
     route.known.learn_spec(verb.name, infos[0].spec)
     for address, one in found.items():
@@ -56,7 +54,7 @@ def delete(route: Route, verb: DeleteMemory) -> Flow[None]:
     gone = [one for one in errors if isinstance(one, NotFound)]
     if len(gone) == len(found):
         raise gone[0]
-    _check_each_shard(route, {address: None if one in gone else one for address, one in found.items()})
+    check_each_shard(route, {address: None if one in gone else one for address, one in found.items()})
     for address, one in found.items():
         if isinstance(one, Unavailable):
             route.health.owe(address, route.stamps.next())
@@ -106,7 +104,7 @@ def _summed(infos: Sequence[MemoryInfo]) -> MemoryInfo:
     )
 
 
-def _check_each_shard(route: Route, found: dict[str, Any]) -> None:
+def check_each_shard(route: Route, found: dict[str, Any]) -> None:
     """Raise unless one replica of every shard did what it was told; the first refusal, else Unavailable."""
     for one in found.values():
         if isinstance(one, FotError) and not isinstance(one, Unavailable):
@@ -223,21 +221,8 @@ def _opened(route: Route, token: str) -> tuple[str, dict[str, str | None]]:
 def start(route: Route, verb: StartOperation) -> Flow[Operation]:
     """Start the work in every process."""
     found = yield from route.everywhere(route.map.addresses, verb)
-    _check_each_shard(route, found)
-    return _one_operation({address: one for address, one in found.items() if isinstance(one, Operation)})
-
-
-def operation(route: Route, verb: GetOperation | CancelOperation) -> Flow[Operation]:
-    """How far the work has come in all processes where it was started."""
-    parts = _operation_parts(verb.operation)
-    if not parts.keys() <= set(route.map.addresses):
-        raise NotFound("no such operation")
-    flows = [route.at(address, replace(verb, operation=name)) for address, name in parts.items()]
-    found = outcomes((yield Together(flows)))
-    for one in found:
-        if isinstance(one, FotError):
-            raise one
-    return _one_operation(dict(zip(parts, found, strict=True)))
+    check_each_shard(route, found)
+    return one_operation({address: one for address, one in found.items() if isinstance(one, Operation)})
 
 
 def list_operations(route: Route, verb: ListOperations) -> Flow[Page[Operation]]:
@@ -245,7 +230,7 @@ def list_operations(route: Route, verb: ListOperations) -> Flow[Page[Operation]]
     asked = replace(verb, page_token="")
     found = yield from route.everywhere(route.map.addresses, asked)
     alone = [
-        _one_operation({address: one})
+        one_operation({address: one})
         for address, page in found.items()
         if not isinstance(page, FotError)
         for one in page.items
@@ -254,9 +239,11 @@ def list_operations(route: Route, verb: ListOperations) -> Flow[Page[Operation]]
     return Page(tuple(alone[: page_size(verb.page_size)]))
 
 
-def _one_operation(parts: dict[str, Operation]) -> Operation:
+def one_operation(parts: dict[str, Operation], lacking: Sequence[str] = ()) -> Operation:
+    """Work of several processes as one; `lacking` are others that it concerns, where none was begun."""
     first = next(iter(parts.values()))
-    told = json.dumps({address: one.id for address, one in parts.items()}).encode()
+    names = {address: one.id for address, one in parts.items()} | dict.fromkeys(lacking, "")
+    told = json.dumps(names).encode()
     state = next(state for state in _STATES if any(one.state is state for one in parts.values()))
     messages = dict.fromkeys(one.message for one in parts.values() if one.state is state)
     return replace(
@@ -271,10 +258,11 @@ def _one_operation(parts: dict[str, Operation]) -> Operation:
     )
 
 
-def _operation_parts(name: str) -> dict[str, str]:
+def operation_parts(name: str) -> dict[str, str]:
+    """Operations by process; empty where none was begun. Raises NotFound for what `one_operation` did not make."""
     try:
         parts = json.loads(base64.b64decode(name, altchars=b"-_", validate=True))
-        if isinstance(parts, dict) and parts and all(isinstance(one, str) for one in parts.values()):
+        if isinstance(parts, dict) and any(parts.values()) and all(isinstance(one, str) for one in parts.values()):
             return parts
     except (binascii.Error, ValueError):
         pass

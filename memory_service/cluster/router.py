@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from memory_service.cluster import attending, documents, memories, sessions
+from memory_service.cluster import attending, documents, memories, sessions, snapshots
 from memory_service.cluster.health import Health
 from memory_service.cluster.known import Known
 from memory_service.cluster.options import ClusterOptions
@@ -19,19 +19,24 @@ from memory_service.verbs import (
     CancelOperation,
     CloseSession,
     CreateMemory,
+    CreateSnapshot,
     DeleteDocument,
     DeleteMemory,
+    DeleteSnapshot,
     Fetch,
     GetDocument,
     GetMemory,
     GetOperation,
+    GetSnapshot,
     GetStats,
     ListDocuments,
     ListMemories,
     ListOperations,
+    ListSnapshots,
     OpenSession,
     PutDocument,
     RenewSession,
+    RestoreSnapshot,
     Search,
     StartOperation,
     Verb,
@@ -67,9 +72,14 @@ _WAYS: Mapping[type[Verb[Any]], Callable[[Route, Any], Flow[Any]]] = {
     Fetch: _fetch,
     GetStats: memories.stats,
     StartOperation: memories.start,
-    GetOperation: memories.operation,
+    GetOperation: snapshots.operation,
     ListOperations: memories.list_operations,
-    CancelOperation: memories.operation,
+    CancelOperation: snapshots.operation,
+    CreateSnapshot: snapshots.create,
+    GetSnapshot: snapshots.get,
+    ListSnapshots: snapshots.list_snapshots,
+    DeleteSnapshot: snapshots.delete,
+    RestoreSnapshot: snapshots.restore,
 }
 
 

@@ -165,6 +165,31 @@ class MemoryServiceStub:
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationRequest.SerializeToString,
                 response_deserializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationResponse.FromString,
                 _registered_method=True)
+        self.CreateSnapshot = channel.unary_unary(
+                '/memory_service.v1.MemoryService/CreateSnapshot',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotResponse.FromString,
+                _registered_method=True)
+        self.GetSnapshot = channel.unary_unary(
+                '/memory_service.v1.MemoryService/GetSnapshot',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.GetSnapshotRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.GetSnapshotResponse.FromString,
+                _registered_method=True)
+        self.ListSnapshots = channel.unary_unary(
+                '/memory_service.v1.MemoryService/ListSnapshots',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.ListSnapshotsRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.ListSnapshotsResponse.FromString,
+                _registered_method=True)
+        self.DeleteSnapshot = channel.unary_unary(
+                '/memory_service.v1.MemoryService/DeleteSnapshot',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.DeleteSnapshotRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.DeleteSnapshotResponse.FromString,
+                _registered_method=True)
+        self.RestoreSnapshot = channel.unary_unary(
+                '/memory_service.v1.MemoryService/RestoreSnapshot',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.RestoreSnapshotRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.RestoreSnapshotResponse.FromString,
+                _registered_method=True)
         self.GetShardMap = channel.unary_unary(
                 '/memory_service.v1.MemoryService/GetShardMap',
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.GetShardMapRequest.SerializeToString,
@@ -392,6 +417,52 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateSnapshot(self, request, context):
+        """--- Snapshots ---
+
+        ADMIN. Keeps the memory as it is at this moment, whatever becomes of it. The answer is an operation; once it is DONE
+        the snapshot exists. The same id again returns the operation that makes or made it. NOT_FOUND: the memory.
+        ALREADY_EXISTS: the id names another snapshot. INVALID_ARGUMENT: the id. FAILED_PRECONDITION: the store is in RAM
+        (NO_FILES), or documents are moving between shards (MOVING). RESOURCE_EXHAUSTED with QuotaFailure: the tenant's
+        snapshots. The operation fails where the snapshots' disk does (DISK_FULL, SNAPSHOTS_FAILED) or a segment is damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSnapshot(self, request, context):
+        """READ. NOT_FOUND. FAILED_PRECONDITION (NO_FILES).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSnapshots(self, request, context):
+        """READ. The caller's snapshots by id, ascending, in pages. INVALID_ARGUMENT: a page token of another listing.
+        FAILED_PRECONDITION (NO_FILES).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSnapshot(self, request, context):
+        """ADMIN. Deletes a snapshot; durable on return. NOT_FOUND. FAILED_PRECONDITION: it is being made or restored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreSnapshot(self, request, context):
+        """ADMIN. Makes a new memory of a snapshot: the same documents, generations and times. The answer is an operation; the
+        memory appears, whole, once every byte was checked. NOT_FOUND. ALREADY_EXISTS: the memory's name is taken.
+        DATA_LOSS: the snapshot's description is damaged; of damaged segments the operation fails, naming file and chunk, and
+        nothing is left. FAILED_PRECONDITION: another layout of shards (OTHER_SHARDS) or, of several shards, another name
+        (OTHER_NAME), MOVING, NO_FILES. RESOURCE_EXHAUSTED with QuotaFailure: the tenant's memories or bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetShardMap(self, request, context):
         """--- Clusters ---
 
@@ -548,6 +619,31 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.CancelOperation,
                     request_deserializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationRequest.FromString,
                     response_serializer=memory__service_dot_v1_dot_memory__pb2.CancelOperationResponse.SerializeToString,
+            ),
+            'CreateSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSnapshot,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotResponse.SerializeToString,
+            ),
+            'GetSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSnapshot,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.GetSnapshotRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.GetSnapshotResponse.SerializeToString,
+            ),
+            'ListSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSnapshots,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.ListSnapshotsRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'DeleteSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSnapshot,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.DeleteSnapshotRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.DeleteSnapshotResponse.SerializeToString,
+            ),
+            'RestoreSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreSnapshot,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.RestoreSnapshotRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.RestoreSnapshotResponse.SerializeToString,
             ),
             'GetShardMap': grpc.unary_unary_rpc_method_handler(
                     servicer.GetShardMap,
@@ -1268,6 +1364,141 @@ class MemoryService:
             '/memory_service.v1.MemoryService/CancelOperation',
             memory__service_dot_v1_dot_memory__pb2.CancelOperationRequest.SerializeToString,
             memory__service_dot_v1_dot_memory__pb2.CancelOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/CreateSnapshot',
+            memory__service_dot_v1_dot_memory__pb2.CreateSnapshotRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.CreateSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/GetSnapshot',
+            memory__service_dot_v1_dot_memory__pb2.GetSnapshotRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.GetSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/ListSnapshots',
+            memory__service_dot_v1_dot_memory__pb2.ListSnapshotsRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/DeleteSnapshot',
+            memory__service_dot_v1_dot_memory__pb2.DeleteSnapshotRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.DeleteSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/RestoreSnapshot',
+            memory__service_dot_v1_dot_memory__pb2.RestoreSnapshotRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.RestoreSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memory_service import DType, Fingerprint, MemorySpec
 from memory_service.server import running
-from memory_service.settings import ServerSettings
+from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store import Store
 from tests.memory_service.places import QUIET
 
@@ -41,9 +41,10 @@ def services(count: int, directory: Path | None = None, **settings: object) -> I
 class Service:
     """A service in this process over a directory, at a port that stays its own; stopped, it answers nothing more."""
 
-    def __init__(self, directory: Path, **settings: object):
+    def __init__(self, directory: Path, options: StoreOptions = QUIET, **settings: object):
         self.address = f"127.0.0.1:{_free_port()}"
         self.directory = directory
+        self.options = options
         self._settings = settings
         self._closing: ExitStack | None = None
 
@@ -54,7 +55,7 @@ class Service:
     def start(self) -> None:
         given = {"listen": self.address, "drain_grace_s": 0.0, "attend_threads": 1} | self._settings
         with ExitStack() as closing:
-            store = closing.enter_context(Store.open(self.directory, QUIET))
+            store = closing.enter_context(Store.open(self.directory, self.options))
             closing.enter_context(running(store, ServerSettings(**given)))  # type: ignore[arg-type]
             self._closing = closing.pop_all()
 
@@ -65,9 +66,11 @@ class Service:
 
 
 @contextmanager
-def restartable(directory: Path, count: int, **settings: object) -> Iterator[list[Service]]:
+def restartable(
+    directory: Path, count: int, options: StoreOptions = QUIET, **settings: object
+) -> Iterator[list[Service]]:
     """Started services that a test stops and starts again."""
-    found = [Service(directory / f"service-{number}", **settings) for number in range(count)]
+    found = [Service(directory / f"service-{number}", options, **settings) for number in range(count)]
     try:
         for one in found:
             one.start()

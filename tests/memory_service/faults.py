@@ -26,6 +26,7 @@ ACTIONS = {
     "fsync": "sync",
     "fdatasync": "sync",
     "rename": "rename",
+    "link": "link",
     "unlink": "unlink",
     "fsync_directory": "sync",
     "make_directory": "create",
@@ -214,6 +215,15 @@ class FaultVfs(OsVfs):
                 self._inodes[self._name(target)] = inode
                 self.log.append(Event("rename", self._name(source), self._name(target), inode))
 
+    def link(self, source: Path, target: Path) -> None:
+        with self._lock:
+            self._step("link", source)
+            super().link(source, target)
+            inode = self._inodes.get(self._name(source))
+            if inode is not None:
+                self._inodes[self._name(target)] = inode
+                self.log.append(Event("link", self._name(source), self._name(target), inode))
+
     def unlink(self, path: Path) -> None:
         with self._lock:
             self._step("unlink", path)
@@ -317,12 +327,10 @@ class _Disk:
                 self.inodes[event.inode].pending.append((event.offset, event.data))
             case "fsync" | "fdatasync":
                 self.inodes[event.inode].sync()
-            case "rename" | "unlink" | "make_directory" | "remove_directory":
+            case "rename" | "link" | "unlink" | "make_directory" | "remove_directory":
                 self.pending.append(event)
             case "fsync_directory":
-                here = [
-                    one for one in self.pending if event.path in (_parent(one.path), _parent(one.target or one.path))
-                ]
+                here = [one for one in self.pending if event.path in _directories(one)]
                 for one in here:
                     _rename(self.names, one)
                 self.pending = [one for one in self.pending if one not in here]
@@ -351,6 +359,8 @@ def _rename(names: dict[str, int | None], event: Event) -> None:
     match event.kind:
         case "create":
             names[event.path] = event.inode
+        case "link":
+            names[event.target] = event.inode
         case "make_directory":
             names[event.path] = None
         case "unlink":
@@ -362,6 +372,13 @@ def _rename(names: dict[str, int | None], event: Event) -> None:
         case "remove_directory":
             for name in [one for one in names if one == event.path or one.startswith(event.path + "/")]:
                 del names[name]
+
+
+def _directories(event: Event) -> tuple[str, ...]:
+    """Where a change of names is to be synced; a link changes nothing where its source is."""
+    if event.kind == "link":
+        return (_parent(event.target),)
+    return (_parent(event.path), _parent(event.target or event.path))
 
 
 def _parent(name: str) -> str:

@@ -222,6 +222,7 @@ def _verbs_on(memory: str, document: str, owned: Owned) -> list[v.Verb[Any]]:
         v.Fetch(memory, f"session:{owned.session}", 1),
         v.GetStats(memory),
         v.StartOperation(memory, OperationKind.VERIFY),
+        v.CreateSnapshot(memory, "one"),
         v.DeleteMemory(memory),
     ]
 
@@ -272,6 +273,7 @@ def test_a_page_token_opens_only_the_listing_it_came_from(served: Served, owned:
             replace(listing, page_token="é" * 99),
             v.ListMemories(page_token=owned.page_token),
             v.ListOperations(page_token=owned.page_token),
+            v.ListSnapshots(page_token=owned.page_token),
         ):
             assert outcome(lambda verb=other: caller.ask(verb)) == "INVALID_ARGUMENT"  # type: ignore[misc]
 

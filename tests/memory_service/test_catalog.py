@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_service import database
+from memory_service import database, schema
 from memory_service.catalog import Catalog, MemoryRow, RequestRow
 from memory_service.errors import AlreadyExists, DataLoss, FailedPrecondition, FotError, Internal, ResourceExhausted
 from memory_service.parts import PartHeader, SegmentRef, encode_header
@@ -271,6 +271,39 @@ def test_a_catalogue_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(FailedPrecondition, match="upgrade"):
         Catalog.open(path)
+
+
+def test_a_catalogue_of_version_1_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "catalog.sqlite"
+    with monkeypatch.context() as before:
+        before.setattr(database, "SCHEMA", schema.SCHEMA[:1])
+        before.setattr(database, "DIGESTED", schema._DIGESTED_1)
+        with Catalog.open(path) as catalog:
+            catalog.create_memory(MEMORY)
+            catalog.commit(KEY, [segment("s1", part("a", 1))])
+            with catalog._db.transaction():
+                catalog._db.insert("operations", ("one", "t", "m", "verify", "done", 1, 2, "so", 3.0, 4.0))
+    for _ in range(2):
+        with Catalog.open(path) as catalog:
+            ((tenant, operation),) = catalog.operations()
+            assert (tenant, operation.id, operation.message, operation.snapshot) == ("t", "one", "so", "")
+            assert [one.id for one in catalog.documents(KEY)] == ["a"]
+            catalog.save_operation("t", replace(operation, snapshot="s"))
+            catalog.save_operation("t", operation)
+
+
+def test_a_restored_memory_comes_with_all_its_documents_or_not_at_all(catalog: Catalog) -> None:
+    refs = [segment("s1", part("a", 1), part("b", 2)), segment("s2", part("a", 3), part("c", 4))]
+    row = replace(MEMORY, key="other", name="other", next_generation=9)
+    catalog.restore(row, refs, {("a", 3), ("b", 2)})
+    assert catalog.memories()[-1].next_generation == 9
+    assert [(one.id, one.generation) for one in catalog.documents("other")] == [("b", 2), ("a", 3)]
+    assert catalog.dead_documents("other") == [("a", 1), ("c", 4)]
+    with pytest.raises(AlreadyExists):
+        catalog.restore(replace(row, key="third"), refs, {("a", 3)})
+    with pytest.raises(Internal):  # Two of a document's parts are missing.
+        catalog.restore(replace(row, key="fourth", name="fourth"), [segment("s1", part("a", 1, parts=3))], {("a", 1)})
+    assert {one.key for one in catalog.memories()} == {KEY, "other"}
 
 
 def test_a_row_changed_behind_our_back_is_noticed(tmp_path: Path) -> None:

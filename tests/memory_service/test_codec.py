@@ -115,6 +115,10 @@ OPERATION = st.builds(
     TEXT,
     TIME,
     TIME,
+    TEXT,
+)
+SNAPSHOT = st.builds(
+    t.Snapshot, TEXT, TEXT, TIME, COUNT, COUNT, COUNT, TEXT, *[st.lists(TEXT, max_size=2).map(tuple)] * 2, TEXT
 )
 TOP_TOKENS = st.builds(
     t.TopTokens,
@@ -209,6 +213,11 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
     v.GetOperation: (st.builds(v.GetOperation, TEXT), OPERATION),
     v.ListOperations: (st.builds(v.ListOperations, TEXT, st.integers(-9, 999), TEXT), pages(OPERATION)),
     v.CancelOperation: (st.builds(v.CancelOperation, TEXT), OPERATION),
+    v.CreateSnapshot: (st.builds(v.CreateSnapshot, TEXT, TEXT), OPERATION),
+    v.GetSnapshot: (st.builds(v.GetSnapshot, TEXT), SNAPSHOT),
+    v.ListSnapshots: (st.builds(v.ListSnapshots, TEXT, st.integers(-9, 999), TEXT), pages(SNAPSHOT)),
+    v.DeleteSnapshot: (st.builds(v.DeleteSnapshot, TEXT), st.none()),
+    v.RestoreSnapshot: (st.builds(v.RestoreSnapshot, TEXT, TEXT), OPERATION),
     v.GetShardMap: (st.just(v.GetShardMap()), MEMBER),
     v.SetShardMap: (st.builds(v.SetShardMap, MAP, TEXT, st.none() | st.booleans(), COUNT), MEMBER),
     v.MarkBehind: (st.builds(v.MarkBehind, COUNT), st.none()),

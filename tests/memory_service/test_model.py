@@ -42,6 +42,7 @@ from memory_service.types import (
     Upload,
 )
 from memory_service.vfs import OsVfs
+from tests.memory_service.kept import run as wait
 from tests.memory_service.oracle import (
     ME,
     MODEL,
@@ -85,6 +86,7 @@ class Model:
         self.dice = random.Random(seed)
         self.memories: dict[str, Memory] = {}
         self.gone: list[str] = []  # Session ids that must be unknown.
+        self.snapshots: dict[str, tuple[str, Memory]] = {}  # Id -> the memory's name and what it held.
         self.did: Counter[str] = Counter()
         self.turn = 0
         self.store = Store.open(directory, OPTIONS)
@@ -110,8 +112,11 @@ class Model:
             (6, self.list),
             (4, self.warm),
             (3, self.compact),
-            (2, self.index),
+            (5, self.index),
             (1, self.verify),
+            (3, self.snapshot),
+            (3, self.restore),
+            (1, self.drop_snapshot),
             (2, self.restart),
             (1, self.rebuild),
         ]
@@ -373,6 +378,41 @@ class Model:
     def verify(self) -> str:
         return self._finish(OperationKind.VERIFY)
 
+    # --- Snapshots ----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> str:
+        name, memory = self.pick()
+        one = f"s{self.turn}"
+        assert wait(self.store, verbs.CreateSnapshot(name, one)).state is OperationState.DONE
+        self.snapshots[one] = (name, Memory(memory.spec, dict(memory.documents), dict(memory.infos)))
+        return "snapshot"
+
+    def restore(self) -> str:
+        """Under a free name what the snapshot held comes back, whatever became of the memory since."""
+        if not self.snapshots:
+            return "nothing"
+        one = self.dice.choice(sorted(self.snapshots))
+        _, held = self.snapshots[one]
+        name = self.dice.choice("xyz")
+        if name in self.memories:
+            assert isinstance(refused(self.store, verbs.RestoreSnapshot(one, name)), AlreadyExists)
+            if self.dice.random() < 0.5:
+                return "restore refused"
+            self.store.run(ME, verbs.DeleteMemory(name))
+            self.gone += self.memories.pop(name).sessions
+        assert wait(self.store, verbs.RestoreSnapshot(one, name)).state is OperationState.DONE
+        self.memories[name] = Memory(held.spec, dict(held.documents), dict(held.infos))
+        self.list()
+        return "restore"
+
+    def drop_snapshot(self) -> str:
+        listed = [one.id for one in self.store.run(ME, verbs.ListSnapshots(page_size=1000)).items]
+        assert listed == sorted(self.snapshots)
+        for one in listed[:-4]:
+            self.store.run(ME, verbs.DeleteSnapshot(one))
+            del self.snapshots[one]
+        return "drop snapshots"
+
     def restart(self) -> str:
         self.store.close()
         self.store = Store.open(self.directory, OPTIONS)
@@ -429,7 +469,8 @@ def run(directory: Path, orders: int, seed: int) -> Counter[str]:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_thousand_random_orders_agree_with_a_dict(tmp_path: Path, seed: int) -> None:
     did = run(tmp_path / "data", 1000, seed)
-    assert min(did[name] for name in ("put", "commit", "delete", "ask", "append", "compact", "restart", "rebuild")) >= 3
+    often = ("put", "commit", "delete", "ask", "append", "compact", "restart", "rebuild", "snapshot", "restore")
+    assert min(did[name] for name in often) >= 3
     assert did["ask the index"] >= 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import stat
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memory_service.errors import DataLoss, FailedPrecondition, ResourceExhausted
-from memory_service.vfs import OsVfs, StorageFailed, Vfs, replace_file
+from memory_service.vfs import CannotLink, OsVfs, StorageFailed, Vfs, replace_file
 from tests.memory_service.faults import FaultVfs, flip_bit, truncate, zero_page
 
 
@@ -70,6 +71,43 @@ def test_names_are_sorted_and_missing_things_are_harmless(tmp_path: Path) -> Non
         vfs.file_size(tmp_path / "none")
     with pytest.raises(FileNotFoundError):
         vfs.read_file(tmp_path / "none")
+
+
+def test_a_link_is_a_second_name_of_the_same_file(tmp_path: Path) -> None:
+    vfs = OsVfs()
+    (tmp_path / "file").write_bytes(b"mine")
+    vfs.link(tmp_path / "file", tmp_path / "other")
+    assert (tmp_path / "other").stat().st_ino == (tmp_path / "file").stat().st_ino
+    with pytest.raises(StorageFailed, match="File exists"):
+        vfs.link(tmp_path / "file", tmp_path / "other")
+    with pytest.raises(FileNotFoundError):
+        vfs.link(tmp_path / "none", tmp_path / "third")
+    (tmp_path / "symbolic").symlink_to("file")
+    for name in ("symbolic", "."):
+        with pytest.raises(DataLoss, match="not a regular file"):
+            vfs.link(tmp_path / name, tmp_path / "third")
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS])
+def test_where_links_cannot_be_it_says_so_and_nothing_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "told so")
+
+    (tmp_path / "file").write_bytes(b"mine")
+    monkeypatch.setattr("os.link", refuse)
+    with pytest.raises(CannotLink):
+        OsVfs().link(tmp_path / "file", tmp_path / "other")
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path: Path) -> None:
+    vfs = OsVfs()
+    os.mkfifo(tmp_path / "file")
+    file = vfs.open(tmp_path / "file")
+    with pytest.raises(DataLoss):
+        vfs.pread(file, memoryview(bytearray(1)), 0)
+    vfs.close(file)
 
 
 def test_a_small_file_beyond_its_limit_is_not_read(tmp_path: Path) -> None:

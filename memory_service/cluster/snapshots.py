@@ -1,0 +1,240 @@
+"""Snapshots of a cluster's memories: one part a shard, under one id.
+
+A part is of one moment; those of several shards are of moments close to each other, not of the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from memory_service.cluster.memories import check_each_shard, one_operation, operation_parts
+from memory_service.cluster.route import BEHIND, Route, lost_shard
+from memory_service.cluster.steps import Flow, Together, answers, outcomes
+from memory_service.errors import AlreadyExists, FailedPrecondition, FotError, NotFound, Unavailable
+from memory_service.paging import page_of
+from memory_service.shards import OTHER_NAME, Shard, stamp_at
+from memory_service.types import (
+    MAX_PAGE_SIZE,
+    Operation,
+    OperationKind,
+    OperationState,
+    Page,
+    Snapshot,
+    check_snapshot_id,
+)
+from memory_service.verbs import (
+    CancelOperation,
+    CreateSnapshot,
+    DeleteSnapshot,
+    GetMemory,
+    GetOperation,
+    GetSnapshot,
+    ListSnapshots,
+    MarkBehind,
+    RestoreSnapshot,
+)
+
+
+def create(route: Route, verb: CreateSnapshot) -> Flow[Operation]:
+    """Take a part of every shard, of one replica that lacks nothing. The same id again makes what is missing."""
+    if not verb.snapshot:
+        raise FailedPrecondition("a cluster's snapshot needs an id, so that its shards give it the same")
+    _check_settled(route)
+    flows = [_one_of(route, shard, verb) for shard in route.map.shards]
+    found = outcomes((yield Together(flows)))
+    route.check_missing(found)
+    return one_operation(dict(answers(found)))
+
+
+def _one_of(route: Route, shard: Shard, verb: CreateSnapshot) -> Flow[tuple[str, Operation]]:
+    """Ask one replica of a shard, and the next if it is away or may lack writes: (who, its operation)."""
+    failures: list[FotError] = []
+    for address in route.health.order(shard.addresses):
+        try:
+            operation = yield from route.at(address, verb)
+            return address, operation
+        except Unavailable as error:
+            failures.append(error)
+    raise lost_shard(shard, failures)
+
+
+def list_snapshots(route: Route, verb: ListSnapshots) -> Flow[Page[Snapshot]]:
+    """Snapshots by id, the parts of one together; each says which shards' parts were not found."""
+    parts = yield from _parts(route, verb.memory)
+    names, rest = page_of(sorted(parts), verb.page_size, verb.page_token)
+    return Page(tuple(_joined(list(parts[name].values())) for name in names), rest)
+
+
+def get(route: Route, verb: GetSnapshot) -> Flow[Snapshot]:
+    """One snapshot. NotFound if no process has a part of it."""
+    check_snapshot_id(verb.snapshot)
+    parts = yield from _parts(route, "")
+    if verb.snapshot not in parts:
+        raise NotFound(f"no snapshot {verb.snapshot!r}")
+    return _joined(list(parts[verb.snapshot].values()))
+
+
+def delete(route: Route, verb: DeleteSnapshot) -> Flow[None]:
+    """Delete the parts in every process. NotFound if none had one."""
+    found = yield from route.everywhere(route.map.addresses, verb)
+    gone = [one for one in found.values() if isinstance(one, NotFound)]
+    if len(gone) == len(found):
+        raise gone[0]
+    for one in found.values():
+        if isinstance(one, FotError) and not isinstance(one, NotFound):
+            raise one
+
+
+def restore(route: Route, verb: RestoreSnapshot) -> Flow[Operation]:
+    """Restore in every process that has its shard's part; those that have not are behind until they are healed.
+
+    Everybody must be there: who is away may come back with an older memory of the same name.
+    """
+    check_snapshot_id(verb.snapshot)
+    _check_settled(route)
+    listed = yield from _listed(route, route.map.addresses, "")
+    held = {address: [one for one in mine if one.id == verb.snapshot] for address, mine in listed.items()}
+    parts = [one for mine in held.values() for one in mine]
+    if not parts:
+        raise NotFound(f"no snapshot {verb.snapshot!r}")
+    told = _joined(parts)
+    if told.missing:
+        raise FailedPrecondition(
+            f"snapshot {verb.snapshot!r} lacks its parts of shards {', '.join(told.missing)}; bring them to the "
+            "snapshots' directories of these shards, then restore",
+            reason="SNAPSHOT_INCOMPLETE",
+        )
+    if told.problem:
+        raise FailedPrecondition(f"snapshot {verb.snapshot!r}: {told.problem}", reason="SNAPSHOT_INCOMPLETE")
+    if sorted(told.shards) != sorted(route.map.ids) and max(len(told.shards), len(route.map.ids)) > 1:
+        was = f"shards {', '.join(told.shards)}" if told.shards else "one service"
+        raise FailedPrecondition(
+            f"snapshot {verb.snapshot!r} is of {was}, this cluster has {', '.join(route.map.ids)}; restore it into a "
+            "cluster of the same shards, then let that grow or shrink",
+            reason="OTHER_SHARDS",
+        )
+    if len(route.map.ids) > 1 and verb.memory not in ("", told.memory):
+        raise FailedPrecondition(OTHER_NAME.format(told.memory), reason="OTHER_NAME")
+    holders, lacking = _holders(route, held)
+    yield from _check_free(route, verb.memory or told.memory)
+    for address in lacking:
+        yield from route.at(address, MarkBehind(route.stamps.next()))
+    found = outcomes((yield Together([route.at(address, verb) for address in holders])))
+    begun = {address: one for address, one in zip(holders, found, strict=True) if isinstance(one, Operation)}
+    if len(begun) < len(found):
+        yield Together([route.at(address, CancelOperation(one.id)) for address, one in begun.items()])
+    answers(found)
+    return one_operation(begun, lacking)
+
+
+def operation(route: Route, verb: GetOperation | CancelOperation) -> Flow[Operation]:
+    """How far the work has come in all processes where it was started.
+
+    Once a restore is done, processes without the snapshot lack its memory since then: they are told.
+    """
+    parts = operation_parts(verb.operation)
+    if not parts.keys() <= set(route.map.addresses):
+        raise NotFound("no such operation")
+    asked = {address: name for address, name in parts.items() if name}
+    lacking = [address for address, name in parts.items() if not name]
+    flows = [route.at(address, replace(verb, operation=name)) for address, name in asked.items()]
+    found = dict(zip(asked, answers((yield Together(flows))), strict=True))
+    told = one_operation(found, lacking)
+    if told.kind is not OperationKind.RESTORE or told.state is OperationState.RUNNING:
+        return told
+    done = [one for one in found.values() if one.state is OperationState.DONE]
+    if len(done) == len(found) and lacking:
+        missed = stamp_at(told.updated_at)
+        yield Together([route.at(address, MarkBehind(missed)) for address in lacking])
+        told = replace(told, message=f"{told.message}; {', '.join(lacking)} will have it when the cluster is healed")
+    elif done and len(done) < len(found):
+        hint = f"delete memory {told.memory}, which other shards have already, and restore again"
+        told = replace(told, message=f"{told.message}; {hint}")
+    return told
+
+
+def _holders(route: Route, held: dict[str, list[Snapshot]]) -> tuple[list[str], list[str]]:
+    """Processes that have their own shard's part, and those that have not. FailedPrecondition if a shard has none."""
+    holders: list[str] = []
+    for shard in route.map.shards:
+        alone = len(route.map.shards) == 1  # Then it does not matter what the shard is called.
+        mine = [a for a in shard.addresses if any(alone or one.shard == shard.id for one in held[a])]
+        if not mine:
+            raise FailedPrecondition(
+                f"no replica of shard {shard.id} has that shard's part of the snapshot; bring it to one of theirs",
+                reason="SNAPSHOT_INCOMPLETE",
+            )
+        holders += mine
+    return holders, [address for address in held if address not in holders]
+
+
+def _check_free(route: Route, name: str) -> Flow[None]:
+    """Raise unless every process lacks nothing but a memory of this name."""
+    for address, found in (yield from route.everywhere(route.map.addresses, GetMemory(name))).items():
+        if isinstance(found, Unavailable) and found.code == BEHIND:
+            raise Unavailable(f"{address} may lack writes; heal the cluster, then restore", reason=BEHIND)
+        if not isinstance(found, FotError):
+            raise AlreadyExists(
+                f"there is a memory {name!r} already; restore under another name, or delete that one first"
+            )
+        if not isinstance(found, NotFound):
+            raise found
+
+
+def _check_settled(route: Route) -> None:
+    if route.map.also:
+        raise FailedPrecondition("documents are moving between shards; wait until that is done", reason="MOVING")
+
+
+def _parts(route: Route, memory: str) -> Flow[dict[str, dict[str, Snapshot]]]:
+    """Snapshots by id, their parts by shard; of the processes that answer, of which every shard needs one."""
+    flows = [_all(route, address, memory) for address in route.map.addresses]
+    found = dict(zip(route.map.addresses, outcomes((yield Together(flows))), strict=True))
+    check_each_shard(route, found)
+    parts: dict[str, dict[str, Snapshot]] = {}
+    for mine in found.values():
+        for one in mine if isinstance(mine, list) else []:
+            known = parts.setdefault(one.id, {}).get(one.shard)
+            if known is None or known.problem:
+                parts[one.id][one.shard] = one
+    return parts
+
+
+def _listed(route: Route, addresses: Sequence[str], memory: str) -> Flow[dict[str, list[Snapshot]]]:
+    """What each of these processes has; raises if one does not answer."""
+    found = answers((yield Together([_all(route, address, memory) for address in addresses])))
+    return dict(zip(addresses, found, strict=True))
+
+
+def _all(route: Route, address: str, memory: str) -> Flow[list[Snapshot]]:
+    page = yield from route.at(address, ListSnapshots(memory, MAX_PAGE_SIZE))
+    found = list(page.items)
+    while page.next:
+        page = yield from route.at(address, ListSnapshots(memory, MAX_PAGE_SIZE, page.next))
+        found += page.items
+    return found
+
+
+def _joined(parts: Sequence[Snapshot]) -> Snapshot:
+    """The parts of one snapshot as one, each shard's once."""
+    by_shard = {one.shard: one for one in sorted(parts, key=lambda one: bool(one.problem), reverse=True)}
+    mine = [by_shard[shard] for shard in sorted(by_shard)]
+    if len(mine) == 1 and not mine[0].shard:
+        return mine[0]
+    told = next((one for one in mine if not one.problem), mine[0])
+    here = {one.shard for one in mine if not one.problem}
+    problems = [f"shard {one.shard}: {one.problem}" for one in mine if one.problem]
+    if len({one.shards for one in mine if not one.problem}) > 1:
+        problems.append("its parts are of different shard maps")
+    return Snapshot(
+        id=told.id,
+        memory=told.memory,
+        created_at=min(one.created_at for one in mine if one.problem == told.problem),
+        documents=sum(one.documents for one in mine),
+        tokens=sum(one.tokens for one in mine),
+        bytes=sum(one.bytes for one in mine),
+        shards=told.shards,
+        missing=tuple(shard for shard in told.shards if shard not in here),
+        problem="; ".join(problems),
+    )

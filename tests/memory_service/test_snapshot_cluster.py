@@ -1,0 +1,220 @@
+"""A cluster's snapshot is one part a shard under one id; restored, every replica has it again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memory_service import (
+    AlreadyExists,
+    Client,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    Memory,
+    NotFound,
+    OperationState,
+    Unavailable,
+)
+from memory_service.client import connection
+from memory_service.cluster import caretaker
+from memory_service.cluster.caretaker import Caretaker
+from memory_service.types import Operation
+from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target
+from tests.memory_service.places import QUIET
+
+IDS = [f"doc-{number}" for number in range(8)]
+QUERIES = torch.randn(4, 3, SPEC.head_dim, generator=torch.Generator().manual_seed(7))
+OWN, SHARED = "own roots", "one root"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "POLL_S", 0.01)
+    monkeypatch.setattr(caretaker, "_SETTLE_S", 0.05)
+
+
+@pytest.fixture(params=[OWN, SHARED])
+def pairs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Service]]:
+    """Two shards of two replicas each, with snapshots in their own directories or all under one root."""
+    options = QUIET if request.param == OWN else replace(QUIET, snapshots=tmp_path / "snapshots")
+    with restartable(tmp_path, 4, options) as found:
+        yield found
+
+
+def of(found: Sequence[Service]) -> str:
+    return target([one.address for one in found], "replicas=2")
+
+
+def filled(client: Client) -> Memory:
+    memory = client.memory("m", SPEC)
+    for number, name in enumerate(IDS):
+        memory.put(name, *drawn(number, 3 + number), metadata={"number": number})
+    return memory
+
+
+def look(memory: Memory) -> tuple[Any, ...]:
+    """Documents with their generations, and an answer."""
+    answer = memory.attend(LAYER, QUERIES, top_k=5)
+    return list(memory.documents()), answer.output.tolist(), answer.lse.tolist(), answer.coverage
+
+
+def ended(client: Client, operation: Operation) -> Operation:
+    found = client.wait(operation, 30)
+    assert found.state is OperationState.DONE, found
+    return found
+
+
+def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
+        memory = filled(client)
+        before, info = look(memory), memory.info()
+        begun = ended(client, memory.snapshot("one"))
+        assert (begun.snapshot, begun.memory) == ("one", "m")
+        (told,) = client.snapshots("m")
+        assert told == client.snapshot("one")
+        assert (told.documents, told.tokens, told.shards, told.missing) == (8, info.tokens, ("s0", "s1"), ())
+        memory.delete(IDS[0])
+        memory.put("later", *drawn(99, 4))
+        assert ended(client, memory.snapshot("one")).snapshot == "one"  # The same id again: the same snapshot.
+        with pytest.raises(AlreadyExists):
+            client.restore("one")
+        client.delete("m")
+        ended(client, client.restore("one"))
+        keeper.heal()
+        again = client.memory("m")
+        assert again.info().created_at == info.created_at
+        assert look(again) == before
+        status = keeper.status()
+        assert status.whole
+        assert [replica.documents for shard in status.shards for replica in shard.replicas] == [
+            shard.replicas[0].documents for shard in status.shards for _ in shard.replicas
+        ]
+        with pytest.raises(FailedPrecondition, match="restore it as 'm'"):
+            client.restore("one", "other")
+        # Whoever dies now, another replica of its shard has all of it.
+        for one in pairs[::2]:
+            one.stop()
+        documents = [(one.id, one.generation, dict(one.metadata)) for one in again.documents()]
+        assert documents == [(one.id, one.generation, dict(one.metadata)) for one in before[0]]
+        answer = again.attend(LAYER, QUERIES, top_k=5)
+        assert torch.allclose(answer.output, torch.tensor(before[1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_replicas_without_the_snapshot_answer_nothing_until_they_have_its_memory(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
+        memory = filled(client)
+        ended(client, memory.snapshot("one"))
+        client.delete("m")
+        told = ended(client, client.restore("one"))
+        assert "healed" in told.message
+        status = keeper.status()
+        for shard in status.shards:
+            assert sorted(replica.behind for replica in shard.replicas) == [False, True]
+        for _ in range(8):  # Whichever replica is asked first.
+            with Memory.open(of(pairs), "m") as again:
+                assert len(list(again.documents())) == len(IDS)
+        assert keeper.heal().copied == len(IDS)
+        assert "healed" in ended(client, client.operation(told.id)).message
+        assert keeper.status().whole, "looking at the operation again must not make anyone lack anything"
+
+
+@pytest.mark.parametrize("pairs", [SHARED], indirect=True)
+def test_listings_join_shards_and_say_what_is_missing(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client:
+        memory = filled(client)
+        for name in ("one", "two", "three"):
+            ended(client, memory.snapshot(name))
+        assert [one.id for one in client.snapshots()] == ["one", "three", "two"]
+        roots = {one.options.snapshots or one.directory / "snapshots" for one in pairs}
+        for root in roots:
+            shutil.rmtree(root / "default/two@s1", ignore_errors=True)
+            for path in root.glob("default/three@s0/snapshot.json"):
+                path.write_text("{}")
+        found = {one.id: one for one in client.snapshots()}
+        assert (found["one"].missing, found["two"].missing, found["three"].missing) == ((), ("s1",), ("s0",))
+        assert found["three"].problem.startswith("shard s0: ")
+        client.delete("m")
+        for name, told in (("two", "lacks its parts of shards s1"), ("three", "shards s0")):
+            with pytest.raises(FailedPrecondition, match=told):
+                client.restore(name)
+        client.delete_snapshot("two")
+        assert {one.id for one in client.snapshots()} == {"one", "three"}
+        with pytest.raises(NotFound):
+            client.delete_snapshot("two")
+        with pytest.raises(NotFound):
+            client.snapshot("two")
+        with pytest.raises(InvalidArgument):
+            client.snapshot("../one")
+        ended(client, client.restore("one"))
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_a_damaged_part_fails_the_restore_and_says_what_to_do(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
+        ended(client, filled(client).snapshot("one"))
+        client.delete("m")
+        (part,) = [path for one in pairs for path in one.directory.glob("snapshots/default/one@s1")]
+        segment = next(part.glob("seg-*"))
+        data = bytearray(segment.read_bytes())
+        data[-1] ^= 1
+        segment.write_bytes(data)
+        told = client.wait(client.restore("one"), 30)
+        assert told.state is OperationState.FAILED
+        assert segment.name in told.message
+        assert "delete memory m" in told.message
+        client.delete("m")
+        with pytest.raises(Unavailable, match="heal the cluster, then restore"):
+            client.restore("one")
+        keeper.heal()
+        data[-1] ^= 1
+        segment.write_bytes(data)
+        ended(client, client.restore("one"))
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_a_replica_that_is_away_or_behind_takes_no_part(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
+        memory = filled(client)
+        pairs[0].stop()
+        ended(client, memory.snapshot("one"))
+        pairs[0].start()
+        ended(client, memory.snapshot("two"))  # It is back, but may lack writes.
+        assert not (pairs[0].directory / "snapshots").exists()
+        client.delete("m")
+        with pytest.raises((Unavailable, FailedPrecondition, DataLoss)):
+            pairs[0].stop()
+            client.restore("one")
+        pairs[0].start()
+        keeper.heal()
+        ended(client, client.restore("one"))
+        keeper.heal()
+        assert len(list(client.memory("m").documents())) == len(IDS)
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_another_layout_of_shards_is_told_what_to_do(pairs: list[Service], tmp_path: Path) -> None:
+    with Client.open(of(pairs)) as client:
+        ended(client, filled(client).snapshot("one"))
+    roots = [one.options.snapshots or one.directory / "snapshots" for one in pairs]
+    gathered = tmp_path / "gathered"
+    for root in roots:
+        if root.exists():
+            shutil.copytree(root, gathered, dirs_exist_ok=True)
+    options = replace(QUIET, snapshots=gathered)
+    with restartable(tmp_path / "three", 3, options) as three, restartable(tmp_path / "two", 2, options) as two:
+        with Client.open(target([one.address for one in three])) as client:
+            with pytest.raises(FailedPrecondition, match="the same shards") as refused:
+                client.restore("one")
+            assert refused.value.code == "OTHER_SHARDS"
+        # As many shards, fewer replicas: nobody is left to be healed.
+        with Client.open(target([one.address for one in two])) as client:
+            ended(client, client.restore("one"))
+            assert {one.id for one in client.memory("m").documents()} == set(IDS)
