@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -140,6 +141,30 @@ def test_importing_the_package_opens_nothing_and_imports_no_server() -> None:
     code = "import sys, memory_service; print([m for m in ('faiss', 'memory_service.server') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_commands_of_fot_are_known_before_anything_slow_is_imported() -> None:
+    slow = ("torch", "grpc", "faiss", "numpy", "ray", "transformers")
+    code = f"import sys, memory_service.cli; print([one for one in {slow} if one in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["memory_service", "memory_service.client"])
+def test_a_package_s_names_are_those_its_type_checker_sees(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__file__ is not None
+    (block,) = [one for one in ast.parse(Path(module.__file__).read_text()).body if _is_for_types(one)]
+    told = {alias.name: one.module for one in block.body if isinstance(one, ast.ImportFrom) for alias in one.names}
+    assert sorted(told) == sorted(module.__all__)
+    for name, home in told.items():
+        assert getattr(module, name) is getattr(importlib.import_module(home or ""), name)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        getattr(module, "nonsense")  # noqa: B009
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name)
 
 
 def test_every_dependency_is_pinned() -> None:

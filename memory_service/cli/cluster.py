@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memory_service.cli.console import TARGET, Ca, Insecure, Json, Target, TokenFile, print_json, print_table, say, size
-from memory_service.client.places import Tls
-from memory_service.cluster.caretaker import Caretaker, ClusterStatus, ReplicaStatus
+
+if TYPE_CHECKING:
+    from memory_service.cluster.caretaker import Caretaker, ClusterStatus, ReplicaStatus
 
 
 def status(
@@ -65,6 +66,9 @@ def heal(
 
 def caretaker(target: str, token_file: TokenFile, ca: Ca, insecure: bool) -> Caretaker:
     """The caretaker of a cluster's target, with the caller's own token."""
+    from memory_service.client import Tls  # They load torch: fot --help does not wait for it.
+    from memory_service.cluster.caretaker import Caretaker
+
     return Caretaker.open(target, tokens=(token_file,), tls=Tls(ca=ca) if ca else None, insecure=insecure)
 
 

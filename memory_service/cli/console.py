@@ -10,15 +10,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from memory_service.client import Client, Tls
 from memory_service.settings import ServerSettings, StoreOptions
+
+if TYPE_CHECKING:
+    from memory_service.client import Client, Tls
 
 TARGET = f"grpc://{ServerSettings.model_fields['listen'].default}"
 PATIENCE_S = 30.0
@@ -49,6 +51,8 @@ def connect(
 
     A directory keeps its snapshots in `snapshots`, or in itself.
     """
+    from memory_service.client import Client  # Loads torch: fot --help does not wait for it.
+
     tls = tls_of(ca, target)
     here = "://" not in target and not target.startswith("unix:")
     # A command that looks at a directory does not start to build indexes there.
@@ -60,6 +64,8 @@ def connect(
 
 def tls_of(ca: Path | None, target: str) -> Tls | None:
     """What to trust, where the target may speak TLS: --ca may stand in the environment for other targets."""
+    from memory_service.client import Tls
+
     speaks = "://" in target and not target.startswith("grpc://")
     return Tls(ca=ca) if ca is not None and speaks else None
 

@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -23,10 +23,11 @@ from memory_service.cli.environment import variable
 from memory_service.errors import Cancelled, FotError, Internal, InvalidArgument
 from memory_service.lifetime import run
 from memory_service.logs import configure, event
-from memory_service.server import Server
-from memory_service.server import serve as serve_until_stopped
 from memory_service.settings import ServerSettings, StoreOptions
-from memory_service.store import Store
+
+if TYPE_CHECKING:
+    from memory_service.server import Server
+    from memory_service.store import Store
 
 IN_MEMORY = ":memory:"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -69,6 +70,10 @@ def serve(
 
     Every setting is also read from the environment; fot settings lists them.
     """
+    # They load torch: fot --help does not wait for it.
+    from memory_service.server import serve as serve_until_stopped
+    from memory_service.store import Store
+
     settings = _settings(
         data=None if directory is None else Path(directory),
         listen=listen,
