@@ -167,19 +167,18 @@ class Catalog:
                     documents[one.document, one.generation] = self._add_document(key, one, replace=True)
             return self._finish_commit(key, segments, documents, ())
 
-    def restore(self, memory: MemoryRow, segments: Sequence[SegmentRef], alive: Collection[tuple[str, int]]) -> None:
+    def restore(self, memory: MemoryRow, segments: Sequence[SegmentRef], alive: Sequence[tuple[str, int]]) -> None:
         """Create a memory with all its documents at once; AlreadyExists if the tenant has one of that name.
 
-        Only the documents (id, generation) in `alive` are visible; the others in the segments are known as deleted,
-        so that their tombstones are kept for as long as their bytes are there.
+        Only the documents (id, generation) in `alive` are visible, in this order; the others in the segments are known
+        as deleted, so that their tombstones are kept for as long as their bytes are there.
         """
+        headers = {(one.document, one.generation): one for one in _headers(segments)}
         with self._db.transaction():
             self._create_memory(memory)
-            documents: dict[tuple[str, int], int] = {}
-            for one in _headers(segments):
-                name = (one.document, one.generation)
-                if name not in documents:
-                    documents[name] = self._insert_document(memory.key, one, deleted=name not in alive)
+            documents = {name: self._insert_document(memory.key, headers[name]) for name in alive}
+            for name in headers.keys() - documents.keys():
+                documents[name] = self._insert_document(memory.key, headers[name], deleted=True)
             self._add_segments(memory.key, segments, documents)
             self._check_whole(documents.values())
 

@@ -146,7 +146,7 @@ class Restores:
             files.describe_restored(key, memory, dead)
             # Documents that begin to move must not appear behind the back of who moves them.
             with self._membership.steady(member):
-                self._catalog.restore(row, refs, set(contents.documents))
+                self._catalog.restore(row, refs, contents.documents)
                 self._memories.admit(row)
         except StorageFailed:
             raise  # What is on disk is not known: touch nothing, the next open decides.

@@ -48,7 +48,7 @@ class Contents:
     """What a snapshot holds; whatever else is in its segments is dead."""
 
     next_generation: int
-    documents: tuple[tuple[str, int], ...]  # (id, generation)
+    documents: tuple[tuple[str, int], ...]  # (id, generation), in the order of their commits.
     deleted: tuple[tuple[str, int], ...]  # Of deletions the memory remembered: (id, last dead generation).
     segments: tuple[SegmentEntry, ...]
 

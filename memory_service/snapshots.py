@@ -185,7 +185,8 @@ class Snapshots:
                     raise NotFound(f"no memory {memory.row.name!r}; create it first")
                 row, documents = memory.row, memory.documents.copy()
                 refs, graves = memory.segments.copy(), memory.graves.copy()
-            live = [one.row for _, one in sorted(documents.items())]
+            # In the order of their commits: restored in another, sums over them would end in other last bits.
+            live = sorted((one.row for one in documents.values()), key=lambda row: row.pk)
             segments = tuple(refs[pk] for pk in sorted({pk for one in live for pk, _ in one.parts}))
             contents = Contents(
                 next_generation=row.next_generation,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +169,17 @@ def test_after_a_power_loss_at_any_point_all_that_is_there_is_whole(disk: Disks,
     assert looked_at >= 40
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_after_a_power_loss_whatever_mixture_survives_is_whole(disk: Disks, tmp_path: Path) -> None:
+    subsets, seed = int(os.environ.get("FOT_SOAK_MIXTURES", "20")), time.time_ns() % 1_000_000
+    print(f"seed {seed}")
+    for number, state in enumerate(different(disk.power_loss_states(subsets, seed))):
+        (tmp_path / str(number)).mkdir()
+        look_at(state, tmp_path / str(number))
+        shutil.rmtree(tmp_path / str(number))
+
+
 def look_at(state: State, root: Path) -> None:
     state.materialise(root)
     marks = state.marks
@@ -176,6 +189,7 @@ def look_at(state: State, root: Path) -> None:
         assert "deleted" not in marks or "one" not in kept(store), "a deleted snapshot came back"
         if "restored" in marks:
             assert "n" in names(store)
+        assert {path.name for path in (root / "snapshots/default").iterdir()} == {"zero", *kept(store)}
         if "one" in kept(store):
             done(store, verbs.RestoreSnapshot("one", "o"))
         for name in {"n", "o"} & set(names(store)):
