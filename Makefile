@@ -61,12 +61,15 @@ dictionary-model: setup  ## Train the model of the dictionary study anew, into r
 protos: setup  ## Regenerate the gRPC stubs from protos/
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:protos/%=%)
 
+# Compiled modules are kept, whatever the environment says: tests start hundreds of processes that import the packages.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest
+
 # Three processes for two cores: many tests wait for processes that start, or for those they killed.
 test: setup  ## Run the tests (ten minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadscope
+	$(PYTEST) -n 3 --dist loadscope
 
 test-slow: setup  ## Run the tests that are too slow for every day, most of them on Ray
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 600
+	$(PYTEST) -m slow --timeout 600
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -198,12 +198,29 @@ def _agree_on_deletes(catalog: Catalog, files: SegmentFiles, key: str, found: Re
 
 
 def _trim_tombstones(catalog: Catalog, files: SegmentFiles) -> None:
-    # Only here: no file is left that the catalogue forgot, so a line nobody needs can bring nothing back.
-    keys = [memory.key for memory in catalog.memories()]
-    dead = {(key, document) for key in keys for document, _ in catalog.dead_documents(key)}
+    # Only here: no file is left that the catalogue forgot, so a line that no segment needs can bring nothing back.
+    keys = {memory.key for memory in catalog.memories()}
     entries = files.tombstones.entries
-    if len(entries) > len(dead) + SPARE_TOMBSTONES:
-        # What was stamped lately may still be alive in a replica that was down.
-        recent = stamp_at(time.time() - REPLICA_DAYS * 86_400)
-        late = {name for name, generation in entries.items() if generation > recent and name[0] in set(keys)}
-        files.tombstones.rewrite(Tombstone(*name, entries[name]) for name in dead | late if name in entries)
+    if len(entries) <= sum(len(catalog.dead_documents(key)) for key in keys) + SPARE_TOMBSTONES:
+        return
+    held = _documents_in_segments(files, keys)
+    if held is None:
+        return
+    # What was stamped lately may still be alive in a replica that was down.
+    recent = stamp_at(time.time() - REPLICA_DAYS * 86_400)
+    late = {name for name, generation in entries.items() if generation > recent and name[0] in keys}
+    files.tombstones.rewrite(Tombstone(*name, entries[name]) for name in held | late if name in entries)
+
+
+def _documents_in_segments(files: SegmentFiles, keys: Iterable[str]) -> set[tuple[str, str]] | None:
+    """(memory key, document) of all that segments hold, alive or dead; None if one cannot be read.
+
+    Asked of the headers: a catalogue that was rebuilt does not know whose the dead bytes are.
+    """
+    held = set()
+    for key in keys:
+        for one in files.scan(key):
+            if one.segment is None:
+                return None
+            held |= {(key, part.header.document) for part in one.segment.parts}
+    return held

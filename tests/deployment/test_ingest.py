@@ -199,6 +199,7 @@ def test_a_second_run_stores_nothing_and_prunes_what_is_gone(
     assert (report.unchanged, report.stored, report.removed) == (1, 0, 1)
 
 
+@pytest.mark.slow
 def test_what_is_not_ours_is_refused_as_by_one_process(
     ray_cluster: RayNodes, tmp_path: Path, model: Path, target: str, expected: Expected
 ) -> None:

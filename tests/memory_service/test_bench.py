@@ -98,6 +98,7 @@ def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_attend_measures_every_promised_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = attend.run(quick=True, directory=tmp_path, progress=quiet)
     assert set(result.figures) >= ATTEND_FIGURES

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_service import segments
+from memory_service import recovery, segments
 from memory_service.catalog import Catalog, MemoryRow
 from memory_service.errors import DataLoss, FotError
 from memory_service.memory_file import MemoryFile
@@ -228,6 +228,33 @@ def test_a_rebuilt_catalogue_shows_what_the_old_one_did(shelf: Shelf) -> None:
     assert report.adopted == 3 and report.problems == []
     assert list(shelf.root.glob("catalog.sqlite.damaged-*"))
     assert reopened(shelf).visible() == expected and shelf.catalog.memories() == memories
+
+
+@pytest.mark.parametrize("readable", [True, False], ids=["all segments are readable", "one is not"])
+def test_what_a_rebuilt_catalogue_forgot_stays_deleted_after_the_log_was_trimmed(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    expected = busy(shelf) | {"e": 8}
+    shelf.put(("e", 8, 10), ("f", 9, 10))
+    shelf.delete("f")
+    monkeypatch.setattr(recovery, "SPARE_TOMBSTONES", -1)
+    monkeypatch.setattr(recovery, "REPLICA_DAYS", -1.0)
+    if not readable:
+        other = f"{shelf.seal(('z', 99, 4))[0].path}"
+        (stray,) = shelf.root.rglob(other)
+        stray.write_bytes(b"\x7f" * 8 + stray.read_bytes()[8:])
+    lines = dict(shelf.files.tombstones.entries)
+    shelf.close()
+    for _ in range(3):
+        rebuild_catalog(shelf.root / "catalog.sqlite", shelf.root, shelf.vfs)
+        assert reopened(shelf).visible() == expected
+        assert (dict(shelf.files.tombstones.entries) == lines) or readable
+        shelf.close()
+    shelf = Shelf.open(shelf.root, shelf.vfs)
+    shelf.compact()
+    assert reopened(shelf).visible() == expected
+    assert not readable or not shelf.files.tombstones.entries  # No segment needs them any more.
+    shelf.close()
 
 
 def test_a_rebuild_between_the_two_copies_of_a_compaction_takes_every_part_once(shelf: Shelf) -> None:

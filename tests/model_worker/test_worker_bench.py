@@ -90,6 +90,7 @@ def test_prefill_measures_every_promised_figure(tmp_path: Path, monkeypatch: pyt
     check(result, PREFILL_FIGURES, tmp_path / "x.json")
 
 
+@pytest.mark.slow
 def test_decode_measures_every_promised_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = decode.run(quick=True, directory=tmp_path, progress=quiet)
     assert list(tmp_path.iterdir()) == []
