@@ -113,7 +113,8 @@ def expected(corpus: Path, model: Path, target: str) -> tuple[IngestReport, list
 Expected = tuple[IngestReport, list[DocumentInfo]]
 
 
-@pytest.mark.parametrize("workers_read", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers_read", [False, True])
 def test_workers_report_and_store_what_one_process_does(
     ray_cluster: RayNodes, corpus: Path, model: Path, target: str, expected: Expected, workers_read: bool
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_killed_driver_is_gone_on_from(
         assert sorted(one.generation for one in memory.documents()) == list(range(1, FILES + 3))
 
 
+@pytest.mark.slow
 def test_a_second_run_stores_nothing_and_prunes_what_is_gone(
     ray_cluster: RayNodes, tmp_path: Path, model: Path, target: str
 ) -> None:

@@ -82,7 +82,8 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("study", ["lookup", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["lookup", "dense"])
 def test_a_study_finds_what_it_finds_in_one_process(ray_cluster: RayNodes, study: str) -> None:
     settings = Settings(Recall(top_k=32 if study == "lookup" else 0), Place())
     job = StudyJob(study, ("lookup",), settings, 1, {**STUDIES[study], "seed": 0})

@@ -69,6 +69,7 @@ def test_sizes_are_called_by_their_thousands() -> None:
     assert [label(tokens) for tokens in (65_536, 1 << 20, 300)] == ["64k", "1m", "300"]
 
 
+@pytest.mark.slow
 def test_a_process_answers_as_its_contender_does_here() -> None:
     setup = Setup("fot", QUICK, (2,))
     reference = Setup("reference", QUICK, (2,))
