@@ -7,7 +7,6 @@ read. A restored memory exists once every byte was checked: its rows appear in o
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from memory_service.types import (
     Page,
     Snapshot,
     check_snapshot_id,
+    fresh_snapshot_id,
 )
 from memory_service.vfs import StorageFailed
 
@@ -144,7 +144,7 @@ class Snapshots:
         """Note what the memory is now, and keep that in the background."""
         files = self.files
         name = memory.row.name
-        snapshot = verb.snapshot or _fresh_id()
+        snapshot = verb.snapshot or fresh_snapshot_id()
         check_snapshot_id(snapshot)
         with self._lock:
             before = self._operations.find(tenant, name, OperationKind.SNAPSHOT, snapshot)
@@ -247,10 +247,6 @@ class Snapshots:
                 raise FailedPrecondition(f"snapshot {snapshot!r} is being restored; wait for that operation")
             for one in mine:
                 self.files.delete(one)
-
-
-def _fresh_id() -> str:
-    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(4)
 
 
 def adding(progress: Progress, total: int) -> Callable[[int], None]:

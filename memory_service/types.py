@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -601,6 +602,11 @@ def check_name(name: str, what: str) -> None:
 def check_snapshot_id(snapshot: str) -> None:
     """Raise InvalidArgument unless it can be a snapshot's id."""
     check_name(snapshot, "a snapshot's id")
+
+
+def fresh_snapshot_id() -> str:
+    """A fresh id of a snapshot; ids sort by the time they were made."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(4)
 
 
 def check_document_id(document: str) -> None:

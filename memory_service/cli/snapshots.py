@@ -25,9 +25,8 @@ from memory_service.cli.console import (
     sure,
     when,
 )
-from memory_service.cli.work import watched
-from memory_service.errors import FailedPrecondition
-from memory_service.types import Operation, OperationState, Snapshot
+from memory_service.cli.work import tell, watched
+from memory_service.types import OperationState, Snapshot
 
 app = typer.Typer(no_args_is_help=True, help="Keep memories as snapshots, and make memories of them again.")
 
@@ -58,7 +57,7 @@ def create(
     """Keep a memory as it is now, and wait until that is done."""
     with connect(target, token_file, ca, insecure, snapshots=snapshots) as client:
         ended = watched(client.memory(memory).snapshot(snapshot), client.operation)
-    _tell(ended, json)
+    tell(ended, json)
 
 
 @app.command("list")
@@ -104,7 +103,7 @@ def restore(
         # Replicas that did not see the snapshot get the documents from those that did.
         with caretaker(target, token_file, ca, insecure) as keeper:
             keeper.heal()
-    _tell(ended, json)
+    tell(ended, json)
 
 
 @app.command("delete")
@@ -126,17 +125,6 @@ def delete(
         sure(f"Delete snapshot {snapshot} with {held}?", yes)
         client.delete_snapshot(snapshot)
     say(f"Deleted snapshot {snapshot}.")
-
-
-def _tell(ended: Operation, json: bool) -> None:
-    if json:
-        print_json(ended)
-        if ended.state is not OperationState.DONE:
-            raise typer.Exit(1)
-    elif ended.state is OperationState.DONE:
-        say(f"{ended.message[:1].upper()}{ended.message[1:]}.")
-    else:
-        raise FailedPrecondition(f"the {ended.kind} of memory {ended.memory} {ended.state}: {ended.message}")
 
 
 def _note(one: Snapshot) -> str:

@@ -72,14 +72,7 @@ def _work(
     with connect(target, token_file, ca, insecure) as client:
         memory = client.memory(name)
         ended = watched(memory.start(kind, factory=factory), memory.operation)
-    if json:
-        print_json(ended)
-        if ended.state is not OperationState.DONE:
-            raise typer.Exit(1)
-    elif ended.state is OperationState.DONE:
-        say(f"{ended.message[:1].upper()}{ended.message[1:]}.")
-    else:
-        raise FailedPrecondition(f"the {kind} of memory {name} {ended.state}: {ended.message}")
+    tell(ended, json)
 
 
 def watched(operation: Operation, look: Callable[[str], Operation]) -> Operation:
@@ -92,3 +85,15 @@ def watched(operation: Operation, look: Callable[[str], Operation]) -> Operation
             time.sleep(POLL_S)
             operation = look(operation.id)
     return operation
+
+
+def tell(ended: Operation, json: bool) -> None:
+    """How an operation ended; what did not is an error, or exit code 1 beside the JSON."""
+    if json:
+        print_json(ended)
+        if ended.state is not OperationState.DONE:
+            raise typer.Exit(1)
+    elif ended.state is OperationState.DONE:
+        say(f"{ended.message[:1].upper()}{ended.message[1:]}.")
+    else:
+        raise FailedPrecondition(f"the {ended.kind} of memory {ended.memory} {ended.state}: {ended.message}")

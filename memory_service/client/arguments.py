@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -47,11 +46,6 @@ def word(kind: type[Word], given: str) -> Word:
 def fresh_request_id() -> str:
     """A fresh id that lets the service recognise a repeated call."""
     return uuid.uuid4().hex
-
-
-def fresh_snapshot_id() -> str:
-    """A fresh id of a snapshot; ids sort by the time they were made."""
-    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + uuid.uuid4().hex[:8]
 
 
 def token_tensor(token_ids: TokenIds) -> Tensor | None:

@@ -21,7 +21,6 @@ from memory_service.client.arguments import (
     TokenIds,
     describe,
     fresh_request_id,
-    fresh_snapshot_id,
     groups_of,
     options_of,
     put_of,
@@ -53,6 +52,7 @@ from memory_service.types import (
     Snapshot,
     Stats,
     TopTokens,
+    fresh_snapshot_id,
 )
 from memory_service.verbs import (
     AppendSessions,
