@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from memory_service.logs import LOG
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -32,6 +34,16 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # Set where tests run side by side.
     for name in [name for name in os.environ if name.startswith("FOT_") and not name.startswith(KEPT)]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """A command that ran in this process leaves no handler behind: its stderr is closed by then."""
+    handlers, level, propagate = list(LOG.handlers), LOG.level, LOG.propagate
+    yield
+    LOG.handlers[:] = handlers
+    LOG.setLevel(level)
+    LOG.propagate = propagate
 
 
 @pytest.hookimpl(optionalhook=True)

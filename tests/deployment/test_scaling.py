@@ -18,8 +18,8 @@ from model_worker.api.setup import Setup
 from model_worker.deployment.gateway import APPLICATION, REPLICA
 from model_worker.deployment.serving import Scale, deploy
 from tests.deployment.nodes import RayNodes
-from tests.deployment.test_serving import free_port
 from tests.model_worker.workers import QUESTION, until, with_key
+from tests.ports import own_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SCALE = Scale(1, 2, target_requests=1.0, cpus=0.5, upscale_delay_s=0.5, downscale_delay_s=2.0)
@@ -28,7 +28,7 @@ PROMPT = f"{with_key(4711)} {QUESTION}"
 
 @pytest.fixture
 def url(ray_cluster: RayNodes) -> Iterator[str]:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{own_port()}"
     setup = Setup(model=reference.path("reference"), name="reference", target=":memory:", threads=1)
     try:
         deploy(setup, Addresses(address, None), SCALE)

@@ -27,6 +27,7 @@ from model_worker.v1 import model_worker_pb2_grpc as pb_grpc
 from tests.deployment.nodes import RayNodes
 from tests.memory_service.places import serving
 from tests.model_worker.workers import PLAIN_TEMPLATE, QUESTION, text_of, until, with_key
+from tests.ports import own_port
 
 pytestmark = pytest.mark.timeout(300)  # Three processes import torch first.
 LOOK = pb.Look(collection="notes", top_k=32)
@@ -54,7 +55,7 @@ class Cloud:
             chat_template=PLAIN_TEMPLATE,
             threads=1,
         )
-        port = free_port()
+        port = own_port()
         closing.callback(serve.shutdown)
         listening = deploy(setup, Addresses(f"127.0.0.1:{port}", "127.0.0.1:0"), Scale(replicas=2, cpus=0.5))
         self.url = f"http://127.0.0.1:{port}"
@@ -94,13 +95,6 @@ def cloud(ray_cluster: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> It
         told = made.stub.PutDocuments(iter(messages), metadata=made.bearer())
         assert (told.added, told.unchanged) == (2, 0)
         yield made
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 def test_documents_are_asked_by_the_openai_client_with_attribution(cloud: Cloud) -> None:

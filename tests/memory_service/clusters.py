@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from memory_service.server import running
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store import Store
 from tests.memory_service.places import QUIET
+from tests.ports import own_port
 
 SPEC = MemorySpec(Fingerprint("tiny"), (1, 3), 2, 8, DType.F32)
 LAYER = 3
@@ -42,7 +42,7 @@ class Service:
     """A service in this process over a directory, at a port that stays its own; stopped, it answers nothing more."""
 
     def __init__(self, directory: Path, options: StoreOptions = QUIET, **settings: object):
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{own_port()}"
         self.directory = directory
         self.options = options
         self._settings = settings
@@ -98,7 +98,7 @@ class Process:
 
     def __init__(self, directory: Path, port: int | None = None):
         self.directory = directory
-        self.port = port or _free_port()
+        self.port = port or own_port()
         self.address = f"127.0.0.1:{self.port}"
         self._process: subprocess.Popen[str] | None = None
 
@@ -151,12 +151,6 @@ def processes(directory: Path, count: int) -> Iterator[list[Process]]:
         for one in started:
             if one.alive:
                 one.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: object, timeout_s: float = 30.0) -> None:

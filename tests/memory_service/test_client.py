@@ -49,6 +49,7 @@ from memory_service.attention import attend
 from memory_service.auth import TokenFile
 from memory_service.types import Role
 from tests.memory_service.places import QUIET, SYNC_AND_ASYNC, serving
+from tests.ports import own_port
 
 SPEC = MemorySpec(Fingerprint("tiny"), (3,), 2, 8, DType.F32)
 WIDE = MemorySpec(Fingerprint("tiny"), (3,), 8, 64, DType.F32)
@@ -299,9 +300,7 @@ def test_a_call_has_a_deadline_everywhere(tmp_path: Path) -> None:
 
 
 def test_a_service_that_is_not_there_is_unavailable_in_time() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        target = f"grpc://127.0.0.1:{unused.getsockname()[1]}"
+    target = f"grpc://127.0.0.1:{own_port()}"
     started = time.monotonic()
     with pytest.raises(Unavailable, match="cannot be reached"):
         Memory.open(target, timeout_s=0.5)
@@ -472,9 +471,7 @@ def test_reads_go_on_over_a_line_that_breaks(tmp_path: Path) -> None:
 
 
 def test_a_restart_of_the_service_is_not_noticed(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    listen = f"127.0.0.1:{own_port()}"
     keys, values = drawn(3)
     stopping = threading.Event()
     failures: list[BaseException] = []

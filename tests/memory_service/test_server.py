@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import stat
 import threading
 import time
@@ -56,6 +55,7 @@ from memory_service.types import (
 )
 from memory_service.v1 import memory_pb2 as pb
 from tests.memory_service.calls import MODEL, SPEC, Caller, SpyStore, attend, calling, outcome, translated
+from tests.ports import own_port
 
 MIB = 1 << 20
 NAN = torch.full((2, 1, 1, 4), float("nan"), dtype=torch.bfloat16)
@@ -606,8 +606,7 @@ def test_reflection_names_the_service_and_can_be_turned_off(caller: Caller) -> N
 
 
 def test_the_metrics_page_counts_calls_and_names_nobody(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = own_port()
     with spied(lambda verb, cancel: EMPTY, metrics=f"127.0.0.1:{port}", data=tmp_path) as caller:
         caller.ask(attend())
         assert outcome(lambda: caller.send(ATTEND, b"\xff")) == "INVALID_ARGUMENT"

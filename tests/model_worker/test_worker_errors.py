@@ -51,6 +51,7 @@ from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig, MemoryPosition, Recall, SelfExtend
 from tests.model_worker.texts import text
 from tests.model_worker.tiny import save_tiny, tiny_config, tiny_model
+from tests.ports import own_port
 
 FOT = FotConfig(mem_layers=(1, 3), window=24, last_context_length=12, mem_dtype=DType.F32)
 SMALL: dict[str, Any] = {
@@ -375,7 +376,7 @@ def test_an_answer_that_takes_too_long_ends_the_text(base: PreTrainedModel) -> N
 class Service:
     """A `fot serve` of its own that can be killed."""
 
-    def __init__(self, directory: Path, port: int = 0):
+    def __init__(self, directory: Path, port: int):
         self._log = directory / f"serve-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "memory_service.cli", "serve", str(directory / "data")]
         with self._log.open("wb") as log:
@@ -438,7 +439,8 @@ def test_a_service_that_dies_ends_the_text_with_an_error(
     with attached(base) as model:
         want = model.generate(prompt, **how)[0].tolist()
     with ExitStack() as closing:
-        service = Service(tmp_path)
+        port = own_port()
+        service = Service(tmp_path, port)
         closing.callback(service.kill)
         target = service.target()
         memory = closing.enter_context(Memory.open(target, spec=spec_of(base, FOT)))
@@ -461,7 +463,7 @@ def test_a_service_that_dies_ends_the_text_with_an_error(
             crowd.close()
             assert time.monotonic() - started < 4  # Not twelve times as long as one session is waited for.
 
-        again = Service(tmp_path, port=int(target.rsplit(":", 1)[1]))
+        again = Service(tmp_path, port)
         closing.callback(again.kill)
         again.target()
         with pytest.raises(SessionExpired):
