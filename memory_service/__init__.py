@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from memory_service.lazy import finder
 
 if TYPE_CHECKING:
-    from memory_service.attention import merge
+    from memory_service.attention.exact import merge
     from memory_service.client import (
         ALL_DOCUMENTS,
         AsyncClient,
@@ -136,4 +136,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = finder(__name__, __all__, ("errors", "types", "filters", "settings", "client", "attention"))
+    __getattr__ = finder(__name__, __all__, ("errors", "types", "filters", "settings", "client", "attention.exact"))

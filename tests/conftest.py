@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from memory_service.logs import LOG
+from memory_service.process.logs import LOG
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)

@@ -117,7 +117,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_the_architecture_names_every_module_on_the_floor_it_is_held_to(package: str) -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = [one["layers"] for one in contracts if one.get("containers") == [package]]
-    floors = {module: floor for floor, modules in enumerate(reversed(layers)) for module in modules.split(" : ")}
+    floors = {module: floor for floor, modules in enumerate(reversed(layers)) for module in re.split(r" [:|] ", modules)}
     (tree,) = re.findall(rf"```\n{package}/\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
     told = {
         module: int(floor)
@@ -125,6 +125,10 @@ def test_the_architecture_names_every_module_on_the_floor_it_is_held_to(package:
         for module in re.findall(r"\b([a-z_0-9]+)(?:\.py\b|/  )", line)
     }
     assert told == floors
+    # A room of the tree that names its files names all of them.
+    for room, inside in re.findall(r"^  (\w+)/  .*\n((?:      .*\n)+)", tree, re.MULTILINE):
+        files = {path.name for path in (ROOT / package / room).glob("*.py")} - {"__init__.py"}
+        assert set(re.findall(r"\b[a-z_0-9]+\.py\b", inside)) == files
 
 
 # --- Package --------------------------------------------------------------------------------------------------------
@@ -138,7 +142,9 @@ def test_exports_are_exact_and_exist() -> None:
 
 
 def test_importing_the_package_opens_nothing_and_imports_no_server() -> None:
-    code = "import sys, memory_service; print([m for m in ('faiss', 'memory_service.server') if m in sys.modules])"
+    code = (
+        "import sys, memory_service; print([m for m in ('faiss', 'memory_service.server.server') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

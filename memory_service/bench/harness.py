@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memory_service.errors import Unavailable
-from memory_service.index import set_threads as set_faiss_threads
+from memory_service.index.faiss_index import set_threads as set_faiss_threads
 
 Figures = dict[str, float]
 Progress = Callable[[str], None]

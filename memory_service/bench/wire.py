@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from memory_service.bench.harness import Progress, Result, say, show
-from memory_service.codec import RPCS
 from memory_service.types import Attended, AttendGroup, AttendOptions, Coverage, DType, Engine, Scope
 from memory_service.verbs import Attend
-from memory_service.wire import write_tensor
+from memory_service.wire.codec import RPCS
+from memory_service.wire.tensors import write_tensor
 
 LAYERS = (6, 12, 18)
 HEADS, DIM, TOP_K = 32, 100, 128

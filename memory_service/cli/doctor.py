@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from memory_service.cli.console import Json, console, print_json, size
 from memory_service.errors import FotError
-from memory_service.vfs import OsVfs
+from memory_service.storage.vfs import OsVfs
 
 WAL_RESET_FIXED = (3, 51, 3)
 NETWORK = (
@@ -84,7 +84,7 @@ def _print(finding: Finding) -> None:
 
 
 def _software() -> Iterator[Finding]:
-    from memory_service.catalog import SQLITE_VERSION  # Loads torch: fot --help does not wait for it.
+    from memory_service.storage.database import SQLITE_VERSION
 
     yield Finding("Python", Verdict.OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("fot-memory", "torch", "grpcio", "safetensors"):

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from memory_service.allocator import keep_freed_memory
 from memory_service.cli.console import Json, print_json, print_table
 from memory_service.cli.environment import variable
 from memory_service.errors import Cancelled, FotError, Internal, InvalidArgument
-from memory_service.lifetime import run
-from memory_service.logs import configure, event
+from memory_service.process.allocator import keep_freed_memory
+from memory_service.process.lifetime import run
+from memory_service.process.logs import configure, event
 from memory_service.settings import ServerSettings, StoreOptions
 
 if TYPE_CHECKING:
-    from memory_service.server import Server
-    from memory_service.store import Store
+    from memory_service.server.server import Server
+    from memory_service.store.store import Store
 
 IN_MEMORY = ":memory:"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -71,8 +71,8 @@ def serve(
     Every setting is also read from the environment; fot settings lists them.
     """
     # They load torch: fot --help does not wait for it.
-    from memory_service.server import serve as serve_until_stopped
-    from memory_service.store import Store
+    from memory_service.server.server import serve as serve_until_stopped
+    from memory_service.store.store import Store
 
     settings = _settings(
         data=None if directory is None else Path(directory),

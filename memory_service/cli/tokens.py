@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from memory_service.auth import Token, TokenFile
 from memory_service.cli.console import Json, print_json, print_table, say, when
 from memory_service.errors import NotFound
+from memory_service.server.auth import Token, TokenFile
 from memory_service.types import Role
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke the tokens that a service accepts.")

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from memory_service.cli.console import Json, counted, print_json, say, size
 from memory_service.errors import DataLoss, NotFound
-from memory_service.vfs import OsVfs
+from memory_service.storage.vfs import OsVfs
 
 if TYPE_CHECKING:
-    from memory_service.catalog import Catalog
-    from memory_service.segments import SegmentFiles
+    from memory_service.storage.catalog import Catalog
+    from memory_service.storage.segments import SegmentFiles
 
 CATALOG = "catalog.sqlite"
 
@@ -47,8 +47,8 @@ def verify(
 ) -> None:
     """Read every byte of a data directory against its checksum. Exits with 1 if any is damaged."""
     # Load torch: fot --help does not wait for it.
-    from memory_service.catalog import Catalog
-    from memory_service.segments import SegmentFiles
+    from memory_service.storage.catalog import Catalog
+    from memory_service.storage.segments import SegmentFiles
 
     if not directory.is_dir():
         raise NotFound(f"there is no directory {directory}")
@@ -73,7 +73,7 @@ def verify(
 
 
 def _rebuild(directory: Path, vfs: OsVfs, report: Report) -> None:
-    from memory_service.recovery import rebuild_catalog
+    from memory_service.store.recovery import rebuild_catalog
 
     found = rebuild_catalog(directory / CATALOG, directory, vfs)
     report.adopted = found.adopted

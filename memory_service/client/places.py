@@ -27,7 +27,7 @@ from memory_service.types import MAX_QUERIES, Cancel, Identity, Role
 from memory_service.verbs import Attend, Verb
 
 if TYPE_CHECKING:
-    from memory_service.store import Store
+    from memory_service.store.store import Store
 
 Answer = TypeVar("Answer")
 
@@ -331,6 +331,6 @@ def _let_go(directory: Path, shared: _Shared) -> None:
 
 def _open_store(directory: Path | None, options: StoreOptions) -> Store:
     # Who talks to a service needs neither the store nor Faiss.
-    from memory_service.store import Store
+    from memory_service.store.store import Store
 
     return Store.open(directory, options)

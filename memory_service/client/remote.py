@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import grpc
 from grpc import aio
 
-from memory_service.chunks import encode_chunk
 from memory_service.client.flows import Call, Connect, Flow, Send, Sleep, Step, flow_of
 from memory_service.client.payload import missing_chunks
 from memory_service.client.places import Address, Tls, closed
-from memory_service.codec import EPOCH, RPCS, UPLOAD_CHUNKS, Rpc
 from memory_service.errors import FotError, InvalidArgument, Unavailable
 from memory_service.verbs import Verb
-from memory_service.wire import read_error
+from memory_service.wire.chunks import encode_chunk
+from memory_service.wire.codec import EPOCH, RPCS, UPLOAD_CHUNKS, Rpc
+from memory_service.wire.statuses import read_error
 
 Answer = TypeVar("Answer")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memory_service.attention import merge
+from memory_service.attention.exact import merge
 from memory_service.types import (
     Attended,
     AttendOptions,

@@ -12,9 +12,9 @@ import grpc
 from grpc import aio
 
 from memory_service.errors import DeadlineExceeded, FotError, Internal, PermissionDenied
-from memory_service.logs import event
+from memory_service.process.logs import event
 from memory_service.types import Identity
-from memory_service.wire import WireStatus, write_error
+from memory_service.wire.statuses import WireStatus, write_error
 from model_worker.api.keys import Keys, check_role
 from model_worker.api.policy import POLICY, SERVICE
 from model_worker.api.traffic import Traffic

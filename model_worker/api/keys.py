@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from memory_service.auth import EVERYONE, TokenFile
 from memory_service.errors import FailedPrecondition, FotError, PermissionDenied, Unauthenticated
-from memory_service.logs import event
+from memory_service.process.logs import event
+from memory_service.server.auth import EVERYONE, TokenFile
 from memory_service.types import Identity, Role
 
 

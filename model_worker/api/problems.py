@@ -23,7 +23,7 @@ from memory_service.errors import (
     Unauthenticated,
     Unavailable,
 )
-from memory_service.logs import event
+from memory_service.process.logs import event
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"

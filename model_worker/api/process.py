@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from memory_service.lifetime import in_thread, until_signal
+from memory_service.process.lifetime import in_thread, until_signal
 from model_worker.api.guard import Rules
 from model_worker.api.http import http_app
 from model_worker.api.keys import Keys

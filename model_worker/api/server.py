@@ -19,8 +19,8 @@ from grpc_reflection.v1alpha import reflection
 from starlette.types import ASGIApp
 
 from memory_service.errors import FailedPrecondition, InvalidArgument
-from memory_service.logs import event
-from memory_service.server import is_local, split_address
+from memory_service.process.logs import event
+from memory_service.server.server import is_local, split_address
 from model_worker.api.guard import Guard, Rules
 from model_worker.api.limits import MIB
 from model_worker.api.policy import SERVICE

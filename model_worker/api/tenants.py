@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from memory_service import Client, Memory, MemorySpec, NotFound, PermissionDenied, Tls, Unauthenticated
-from memory_service.auth import EVERYONE
+from memory_service.server.auth import EVERYONE
 from memory_service.types import Identity, check_name
 from model_worker.api.keys import Keys
 

@@ -95,7 +95,7 @@ def api(
     template = None if chat_template is None else _text(chat_template)
 
     # Transformers takes seconds to import; what was wrong so far should not.
-    from memory_service.lifetime import run
+    from memory_service.process.lifetime import run
     from model_worker.api.limits import Limits
     from model_worker.api.process import serve
     from model_worker.api.server import Addresses

@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
 from memory_service.errors import FotError, InvalidArgument
-from memory_service.server import split_address
+from memory_service.server.server import split_address
 from memory_service.types import Identity
 from model_worker import reference
 from model_worker.api.http import http_app

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from memory_service import AttendOptions, Engine, FotError
 from memory_service.errors import FailedPrecondition, InvalidArgument
-from memory_service.factories import choose_factory, parse_factory
+from memory_service.index.factories import choose_factory, parse_factory
 from model_worker.evaluation.haystacks import HAYSTACKS, Haystack, haystack_of
 from model_worker.evaluation.report import Column, Report, nbytes, percent
 from model_worker.evaluation.subject import Library, Queries, Subject, Tell

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from memory_service import Engine
 from memory_service.client import Client
 from memory_service.errors import FailedPrecondition, InvalidArgument
-from memory_service.factories import PARAMS, check_params, choose_factory, estimate_bytes, parse_factory
+from memory_service.index.factories import PARAMS, check_params, choose_factory, estimate_bytes, parse_factory
 from model_worker.evaluation import dictionary_scores as scores
 from model_worker.evaluation.dictionary_memory import PATIENCE_S, Library, Player, free_bytes, library, peak_bytes
 from model_worker.evaluation.dictionary_scores import Found

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memory_service.allocator import keep_freed_memory
 from memory_service.errors import FailedPrecondition, InvalidArgument
+from memory_service.process.allocator import keep_freed_memory
 from model_worker.fitting import policies_of
 from model_worker.hf.decoder import Decoder
 from model_worker.training import snapshots

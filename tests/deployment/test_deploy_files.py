@@ -24,9 +24,9 @@ import yaml
 from yamllint import linter
 from yamllint.config import YamlLintConfig
 
-from memory_service.server import running
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings
-from memory_service.store import Store
+from memory_service.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from memory_service.metrics import Metrics
+from memory_service.server.metrics import Metrics
 from model_worker.api.traffic import Traffic
 from model_worker.serving.load import Load
 

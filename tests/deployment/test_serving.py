@@ -14,10 +14,10 @@ import pytest
 from ray import serve
 
 from memory_service import Client, InvalidArgument
-from memory_service.auth import TokenFile
 from memory_service.errors import NotFound, Unauthenticated
+from memory_service.server.auth import TokenFile
 from memory_service.types import Role
-from memory_service.wire import read_error
+from memory_service.wire.statuses import read_error
 from model_worker import reference
 from model_worker.api.server import Addresses
 from model_worker.api.setup import Setup

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from memory_service import FotError, InvalidArgument, Memory, NotFound, Tls
-from memory_service.auth import TokenFile
+from memory_service.server.auth import TokenFile
 from memory_service.types import Role
 from model_worker.deployment import memory_cluster
 from model_worker.deployment.connection import clusters

@@ -9,11 +9,11 @@ from typing import Any
 import grpc
 import torch
 
-from memory_service.codec import RPCS, UPLOAD_CHUNKS
 from memory_service.errors import FotError
 from memory_service.types import AttendGroup, AttendOptions, Cancel, Chunk, Fingerprint, Identity, MemorySpec, Scope
 from memory_service.verbs import Attend, Verb
-from memory_service.wire import read_error, write_error
+from memory_service.wire.codec import RPCS, UPLOAD_CHUNKS
+from memory_service.wire.statuses import read_error, write_error
 
 MODEL = Fingerprint("tiny")
 SPEC = MemorySpec(MODEL, layers=(1, 3), kv_heads=1, head_dim=4)

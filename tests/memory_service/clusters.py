@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from memory_service import DType, Fingerprint, MemorySpec
-from memory_service.server import running
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings, StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from tests.memory_service.places import QUIET
 from tests.ports import own_port
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memory_service.vfs import Buffer, File, OsFile, OsVfs, storage_error
+from memory_service.storage.vfs import Buffer, File, OsFile, OsVfs, storage_error
 
 SECTOR = 512
 ACTIONS = {

@@ -10,9 +10,9 @@ import torch
 
 from memory_service import verbs
 from memory_service.errors import FotError
-from memory_service.store import Store
+from memory_service.storage.vfs import CannotLink, OsVfs
+from memory_service.store.store import Store
 from memory_service.types import DocumentInfo, Identity, MemorySpec, Operation, OperationState
-from memory_service.vfs import CannotLink, OsVfs
 from tests.memory_service.oracle import ME, attend, document, put, spec_of
 
 SPEC = spec_of(dim=8)

@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_service import attention, commits, engine, live_memory, parts, segments, slabs, verbs
+from memory_service import verbs
+from memory_service.attention import exact, slabs
 from memory_service.errors import FotError
-from memory_service.store import Store
+from memory_service.storage import parts, segments
+from memory_service.store import commits, engine, live_memory
+from memory_service.store.store import Store
 from memory_service.types import (
     Attended,
     AttendGroup,
@@ -115,7 +118,7 @@ def finish(store: Store, memory: str, kind: OperationKind) -> Operation:
 
 def warm(store: Store, memory: str) -> None:
     """Bring into RAM what the budget allows, now instead of in the background."""
-    store._upkeep.warm(store._memories[ME.tenant, memory], Cancel())
+    store._upkeep.warm(store._memories.get(ME.tenant, memory), Cancel())
 
 
 # --- The definition -------------------------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ def everything_in_small_pieces(token_bytes: int) -> Iterator[None]:
         patch.setattr(slabs, "_SLAB_BYTES", 96 * token_bytes)
         patch.setattr(live_memory, "_PIECE_BYTES", 40 * token_bytes)
         patch.setattr(engine, "_COLD_BYTES", 56 * token_bytes)
-        patch.setattr(attention, "_FEW_KEYS", 0)
+        patch.setattr(exact, "_FEW_KEYS", 0)
         patch.setattr(parts, "PART_BYTES", 72 * (token_bytes + 4))
         patch.setattr(segments, "SMALL_PART_BYTES", 48 * token_bytes)
         patch.setattr(commits, "_BATCH_DOCUMENTS", 4)

@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from memory_service import AsyncClient, AsyncMemory, AsyncSession, Client, Memory, Session, StoreOptions
 from memory_service.client.connection import Opening
-from memory_service.server import running
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings
-from memory_service.store import Store
+from memory_service.store.store import Store
 
 QUIET = StoreOptions(background=False)
 PLACES = ("memory", "directory", "grpc", "async directory", "async grpc")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory_service.catalog import Catalog
-from memory_service.parts import PartHeader, PartLayout, SegmentRef, part_ranges
-from memory_service.segments import SegmentFiles
-from memory_service.staging import Staging
+from memory_service.storage.catalog import Catalog
+from memory_service.storage.parts import PartHeader, PartLayout, SegmentRef, part_ranges
+from memory_service.storage.segments import SegmentFiles
+from memory_service.storage.staging import Staging
 from memory_service.types import DType, Fingerprint, MemorySpec, Scalar
 
 SPEC = MemorySpec(Fingerprint("tiny", "1", "abc", '{"theta":10000.0}'), layers=(1, 3), kv_heads=2, head_dim=8)

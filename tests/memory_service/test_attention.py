@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memory_service import attention, scan, verbs
-from memory_service.attention import Dense, TopK, group_heads, merge
-from memory_service.scan import Arena, Chunk
-from memory_service.slabs import largest_norms
-from memory_service.store import Store
+from memory_service import verbs
+from memory_service.attention import exact, scan
+from memory_service.attention.exact import Dense, TopK, group_heads, merge
+from memory_service.attention.scan import Arena, Chunk
+from memory_service.attention.slabs import largest_norms
+from memory_service.store.store import Store
 from memory_service.types import AttendGroup, AttendOptions, Cancel, DType, Engine, Partial, Scope
 from tests.memory_service.oracle import (
     F32_BAR,
@@ -55,7 +56,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DT
 def force(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     """Make every chunk go through the scan, in this arithmetic."""
     monkeypatch.setattr(scan, "scans_in_bf16", lambda *_: fast)
-    monkeypatch.setattr(attention, "_FEW_KEYS", 0)
+    monkeypatch.setattr(exact, "_FEW_KEYS", 0)
 
 
 def random(shape: tuple[int, ...], seed: int, dtype: DType = DType.F32) -> Tensor:
@@ -142,11 +143,11 @@ def test_a_query_that_is_no_number_gets_no_answer_rather_than_a_wrong_one(top_k:
 def test_dense_equals_torch_for_few_queries_however_its_work_is_cut(
     stored: DType, queries: int, elements: int, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_FEW_ELEMENTS", elements)
-    monkeypatch.setattr(attention, "_FEW_SCORES", scores)
+    monkeypatch.setattr(exact, "_FEW_ELEMENTS", elements)
+    monkeypatch.setattr(exact, "_FEW_SCORES", scores)
     keys, values = random((3, 1300, DIM), 0, stored), random((3, 1300, DIM), 1, stored)
     asked = 3 * random((3, queries, DIM), 2)
-    want = attention.attend(asked * DIM**-0.5, keys, values)
+    want = exact.attend(asked * DIM**-0.5, keys, values)
     for pieces in (1, 4):
         assert error(engines(asked, keys, values, 0, pieces), want) < F32_BAR
 
@@ -156,7 +157,7 @@ def test_dense_equals_torch_for_few_queries_however_its_work_is_cut(
 
 @pytest.mark.parametrize("count", EDGES)
 def test_it_equals_torch_at_every_ragged_size(dtype: DType, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_FEW_KEYS", 0)  # Scan even what is small.
+    monkeypatch.setattr(exact, "_FEW_KEYS", 0)  # Scan even what is small.
     keys, values = (random((2, count, DIM), seed + count, dtype) for seed in (1, 2))
     queries = 3 * random((4, 5, DIM), count)
     for top_k in (0, 1, 7, 100):
@@ -414,8 +415,8 @@ def test_candidates_out_of_many_chunks_are_weighed_like_those_of_one(storage: DT
 def test_merged_parts_equal_the_whole() -> None:
     keys, values = (random((2, 900, DIM), seed) for seed in (1, 2))
     queries = random((2, 7, DIM), 3)
-    parts = [attention.attend(queries, keys[:, a:b], values[:, a:b]) for a, b in ((0, 1), (1, 1), (1, 500), (500, 900))]
-    assert error(merge(parts), attention.attend(queries, keys, values)) <= F32_BAR
+    parts = [exact.attend(queries, keys[:, a:b], values[:, a:b]) for a, b in ((0, 1), (1, 1), (1, 500), (500, 900))]
+    assert error(merge(parts), exact.attend(queries, keys, values)) <= F32_BAR
 
 
 def test_merging_nothing_visible_is_nothing_visible() -> None:

@@ -19,10 +19,11 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memory_service import scan, verbs
+from memory_service import verbs
+from memory_service.attention import scan
 from memory_service.errors import NotFound
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import (
     AllOf,
     AnyOf,

@@ -17,9 +17,6 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from memory_service import verbs as v
-from memory_service.auth import PageTokens, TokenFile
-from memory_service.chunks import encode_chunk
-from memory_service.codec import RPCS, SERVICE
 from memory_service.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -28,11 +25,12 @@ from memory_service.errors import (
     NotFound,
     Unauthenticated,
 )
-from memory_service.interceptors import POLICY
-from memory_service.logs import redacted
-from memory_service.server import running
+from memory_service.process.logs import redacted
+from memory_service.server.auth import PageTokens, TokenFile
+from memory_service.server.interceptors import POLICY
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings, StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import (
     AttendGroup,
     AttendOptions,
@@ -48,6 +46,8 @@ from memory_service.types import (
     SessionScope,
 )
 from memory_service.v1 import memory_pb2 as pb
+from memory_service.wire.chunks import encode_chunk
+from memory_service.wire.codec import RPCS, SERVICE
 from tests.memory_service.calls import MODEL, SPEC, Caller, calling, outcome, translated
 
 REFUSED = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
@@ -324,7 +324,7 @@ def test_a_token_ends_when_it_was_said_to(file: TokenFile, monkeypatch: pytest.M
     token = file.create("ci", "acme", Role.READ, expires_at=time.time() + 100)
     assert file.identity(token).tenant == "acme"
     later = time.time() + 101
-    monkeypatch.setattr("memory_service.auth.time.time", lambda: later)
+    monkeypatch.setattr("memory_service.server.auth.time.time", lambda: later)
     with pytest.raises(Unauthenticated, match="expired"):
         file.identity(token)
 

@@ -16,15 +16,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from memory_service import Client, Unavailable, verbs
-from memory_service.beginning import NOTE
 from memory_service.cli import serve
 from memory_service.errors import DataLoss, FailedPrecondition, FotError, InvalidArgument
-from memory_service.server import running
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.shards import Shard, ShardMap
-from memory_service.store import Store
+from memory_service.storage.vfs import StorageFailed
+from memory_service.store.beginning import NOTE
+from memory_service.store.store import Store
 from memory_service.types import Identity, Role
-from memory_service.vfs import StorageFailed
 from tests.memory_service.kept import SPEC, TwoDisks, done, filled, look, names
 from tests.memory_service.oracle import ME, document, put
 from tests.memory_service.test_cli import served

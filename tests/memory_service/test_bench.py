@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory_service.attention import attend as oracle
+from memory_service.attention.exact import attend as oracle
 from memory_service.bench import attend, harness, ingest, wire
 from memory_service.bench.synthetic import Workload
 

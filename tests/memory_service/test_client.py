@@ -45,8 +45,8 @@ from memory_service import (
     Unavailable,
     merge,
 )
-from memory_service.attention import attend
-from memory_service.auth import TokenFile
+from memory_service.attention.exact import attend
+from memory_service.server.auth import TokenFile
 from memory_service.types import Role
 from tests.memory_service.places import QUIET, SYNC_AND_ASYNC, serving
 from tests.ports import own_port

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memory_service.clustering import Floats, Ints, distinct, outlier_reach, train_centroids
 from memory_service.errors import Cancelled
+from memory_service.index.clustering import Floats, Ints, distinct, outlier_reach, train_centroids
 from memory_service.types import Cancel
 
 

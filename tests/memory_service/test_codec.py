@@ -16,8 +16,11 @@ from torch import Tensor
 
 from memory_service import types as t
 from memory_service import verbs as v
-from memory_service.chunks import UploadPiece, decode_chunk, encode_chunk
-from memory_service.codec import (
+from memory_service.errors import DataLoss, InvalidArgument
+from memory_service.shards import Member, Placement, Shard, ShardMap
+from memory_service.v1 import memory_pb2 as pb
+from memory_service.wire.chunks import UploadPiece, decode_chunk, encode_chunk
+from memory_service.wire.codec import (
     PIECE_BYTES,
     RPCS,
     SERVICE,
@@ -25,9 +28,6 @@ from memory_service.codec import (
     Rpc,
     answer_bytes,
 )
-from memory_service.errors import DataLoss, InvalidArgument
-from memory_service.shards import Member, Placement, Shard, ShardMap
-from memory_service.v1 import memory_pb2 as pb
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 COUNT = st.integers(0, 2**63 - 1)

@@ -19,11 +19,11 @@ import torch
 
 from memory_service import verbs
 from memory_service.errors import DataLoss, FotError
-from memory_service.recovery import rebuild_catalog
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.vfs import OsVfs
+from memory_service.store.recovery import rebuild_catalog
+from memory_service.store.store import Store
 from memory_service.types import Engine, OperationKind, OperationState, Partial, Scope
-from memory_service.vfs import OsVfs
 from tests.memory_service.faults import flip_bit, truncate, zero_page
 from tests.memory_service.oracle import (
     ME,
@@ -243,7 +243,7 @@ def test_a_damaged_document_leaves_the_others_readable(templates: dict[str, Path
     root = tmp_path / "data"
     shutil.copytree(templates["closed"], root)
     with Store.open(root, OPTIONS) as store:
-        memory = store._memories["default", "m"]
+        memory = store._memories.get("default", "m")
         ((segment, _),) = memory.documents["d"].row.parts
         path = root / "memories" / memory.row.key / memory.segments[segment].path
     with path.open("r+b") as file:
@@ -264,7 +264,7 @@ def test_a_damaged_document_leaves_the_others_readable(templates: dict[str, Path
         assert path.name in done.message
         # Damage is not copied on under a new checksum, and the rest is not held up.
         warm(store, "m")
-        memory = store._memories["default", "m"]
+        memory = store._memories.get("default", "m")
         assert not memory.documents["d"].spans
         assert memory.documents["a"].spans
         store.run(ME, verbs.DeleteDocument("m", "d"))

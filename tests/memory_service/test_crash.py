@@ -20,7 +20,7 @@ import torch
 
 from memory_service import verbs
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import OperationKind, OperationState
 from tests.memory_service.oracle import ME, attend, error, finish, reference
 from tests.memory_service.victims import made
@@ -151,7 +151,7 @@ def kill_and_look(directory: Path, kills: int, seed: int) -> Witness:
 
 def check_files(store: Store, directory: Path, note: str) -> None:
     """No file is left that nobody knows, and every byte of the others is sound."""
-    known = {ref.path for ref in store._memories["default", "m"].segments.values()}
+    known = {ref.path for ref in store._memories.get("default", "m").segments.values()}
     assert {path.name for path in directory.rglob("*.safetensors")} == known, note
     assert not list((directory / "staging").iterdir()), note
     done = finish(store, "m", OperationKind.VERIFY)

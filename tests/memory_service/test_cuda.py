@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memory_service import attention, verbs
+from memory_service import verbs
+from memory_service.attention import exact
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import (
     AttendGroup,
     AttendOptions,
@@ -43,6 +44,6 @@ def test_attention_on_the_gpu_equals_float32_attention(dtype: DType, top_k: int)
     if top_k:
         scores = queries @ wide[0].float().mT
         visible = torch.zeros_like(scores, dtype=torch.bool).scatter(2, scores.topk(top_k, 2).indices, True)
-    expected = attention.attend(queries * 64**-0.5, *wide, visible)
+    expected = exact.attend(queries * 64**-0.5, *wide, visible)
     torch.testing.assert_close(answer.output, expected.output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(answer.lse, expected.lse, atol=1e-5, rtol=1e-5)

@@ -15,9 +15,9 @@ import torch
 from memory_service import verbs
 from memory_service.errors import FotError, ResourceExhausted, Unavailable
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.vfs import StorageFailed
+from memory_service.store.store import Store
 from memory_service.types import Document, OperationKind, OperationState
-from memory_service.vfs import StorageFailed
 from tests.memory_service.faults import FaultVfs
 from tests.memory_service.oracle import (
     ME,
@@ -124,7 +124,7 @@ def test_a_full_disk_at_any_write_refuses_that_change_only(disk: FaultVfs, tmp_p
                 failures += walk_on_a_full_disk(store, vfs, f"{operation} {nth}")
             with Store.open(root, OPTIONS) as store:
                 assert holds(store, STEPS[-1].after), f"{operation} {nth}"
-                known = {ref.path for one in store._live() for ref in one.segments.values()}
+                known = {ref.path for one in store._memories.all() for ref in one.segments.values()}
                 assert {path.name for path in root.rglob("*.safetensors")} == known, f"{operation} {nth}"
             shutil.rmtree(root)
     assert failures >= sum(calls.get(operation, 0) for operation in WRITES) // 2

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_service import Memory, factories, index
+from memory_service import Memory
 from memory_service.errors import Cancelled, InvalidArgument, ResourceExhausted
-from memory_service.index import IndexedDocument, IndexUnit
+from memory_service.index import factories, faiss_index
+from memory_service.index.unit import IndexedDocument, IndexUnit
+from memory_service.storage.vfs import Buffer, File, OsVfs
 from memory_service.types import Cancel, DType, Fingerprint, IndexPolicy, MemorySpec
-from memory_service.vfs import Buffer, File, OsVfs
 
 DIM = 16
 FACTORIES = [
@@ -34,7 +35,7 @@ FACTORIES = [
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    index.set_threads(1)
+    faiss_index.set_threads(1)
 
 
 def spec_of(layers: int = 1, heads: int = 1, dim: int = DIM, dtype: DType = DType.BF16) -> MemorySpec:
@@ -54,7 +55,7 @@ def build(keys: Tensor, factory: str = "auto", cuts: tuple[int, ...] = ()) -> In
     parts = torch.tensor_split(keys, cuts)
     documents = [IndexedDocument(pk, 1, len(part)) for pk, part in enumerate(parts)]
     spec = spec_of(dim=keys.shape[1])
-    return index.build("unit", documents, spec, factory, lambda position, layer_index: parts[position][None])
+    return faiss_index.build("unit", documents, spec, factory, lambda position, layer_index: parts[position][None])
 
 
 def best(keys: Tensor, queries: np.ndarray, count: int) -> np.ndarray:
@@ -78,7 +79,7 @@ def test_the_automatic_index_finds_nearly_all_of_the_top_32() -> None:
     keys = clustered(32_768)
     queries = queries_near(keys)
     unit = build(keys)
-    found = unit.search(0, 0, queries, index.default_candidates(unit.factory, DIM, 32))
+    found = unit.search(0, 0, queries, factories.default_candidates(unit.factory, DIM, 32))
     assert unit.factory == "IVF512,PQ16x4fsr"
     assert recall(found, best(keys, queries, 32)) > 0.98
 
@@ -203,7 +204,7 @@ def test_any_head_dim_works(dim: int) -> None:
 def test_keys_of_every_dtype_are_indexed(dtype: DType) -> None:
     keys = clustered(4096).to(dtype.torch)
     documents = [IndexedDocument(1, 1, 4096)]
-    unit = index.build("unit", documents, spec_of(dtype=dtype), "auto", lambda position, layer_index: keys[None])
+    unit = faiss_index.build("unit", documents, spec_of(dtype=dtype), "auto", lambda position, layer_index: keys[None])
     queries = queries_near(keys)
     assert recall(unit.search(0, 0, queries, 96), best(keys, queries, 16)) > 0.95
 
@@ -212,7 +213,7 @@ def test_many_query_rows_are_searched_in_blocks_with_the_same_result(monkeypatch
     keys = clustered(4096)
     queries, unit = queries_near(keys, 300), build(keys)
     whole = unit.search(0, 0, queries, 32)
-    monkeypatch.setattr(index, "BLOCK_FLOATS", 5000)
+    monkeypatch.setattr(faiss_index, "BLOCK_FLOATS", 5000)
     assert np.array_equal(np.sort(unit.search(0, 0, queries, 32)), np.sort(whole))
     assert unit.search(0, 0, queries[:0], 32).shape == (0, 32)
 
@@ -247,7 +248,7 @@ def test_every_layer_and_head_has_its_own_index() -> None:
     documents = [IndexedDocument(1, 1, 1500), IndexedDocument(2, 1, 500)]
     read: Callable[[int, int], Tensor] = lambda at, layer: keys[layer, :, (0, 1500)[at] : (1500, 2000)[at]]  # noqa: E731
     steps: list[int] = []
-    unit = index.build("unit", documents, spec_of(2, 3), "IVF8,Flat", read, None, steps.append)
+    unit = faiss_index.build("unit", documents, spec_of(2, 3), "IVF8,Flat", read, None, steps.append)
     for layer in range(2):
         for head in range(3):
             queries = queries_near(keys[layer, head])
@@ -266,7 +267,7 @@ def test_a_cancelled_build_stops() -> None:
     cancel = Cancel()
     cancel.cancel()
     with pytest.raises(Cancelled):
-        index.build("unit", [IndexedDocument(1, 1, 9)], spec_of(), "auto", lambda *_: clustered(9)[None], cancel)
+        faiss_index.build("unit", [IndexedDocument(1, 1, 9)], spec_of(), "auto", lambda *_: clustered(9)[None], cancel)
 
 
 def test_searches_at_once_do_not_disturb_each_other() -> None:
@@ -281,7 +282,7 @@ def test_searches_at_once_do_not_disturb_each_other() -> None:
 
 def test_the_estimate_is_near_what_an_index_takes() -> None:
     unit = build(clustered(32_768, 64))
-    assert index.estimate_bytes(32_768, spec_of(dim=64), "auto") == pytest.approx(unit.nbytes, rel=0.2)
+    assert factories.estimate_bytes(32_768, spec_of(dim=64), "auto") == pytest.approx(unit.nbytes, rel=0.2)
 
 
 # --- Scopes and parameters ------------------------------------------------------------------------------------------
@@ -332,23 +333,23 @@ def test_parameters_an_index_does_not_have_are_of_no_effect() -> None:
 )
 def test_factories_outside_the_list_are_refused(factory: str) -> None:
     with pytest.raises(InvalidArgument, match="index factory"):
-        index.check_factory(factory, DIM)
+        factories.check_factory(factory, DIM)
 
 
 @pytest.mark.parametrize("factory", [*FACTORIES, "auto", "none"])
 def test_factories_on_the_list_are_accepted(factory: str) -> None:
-    index.check_factory(factory, DIM)
+    factories.check_factory(factory, DIM)
 
 
 def test_the_automatic_factory_grows_with_the_square_root_of_the_tokens() -> None:
     tokens = (1, 1023, 1024, 65_536, 262_144, 1 << 24, 1 << 31)
-    chosen = [index.choose_factory(one, 64, "auto") for one in tokens]
+    chosen = [factories.choose_factory(one, 64, "auto") for one in tokens]
     assert chosen == ["Flat", "Flat", *(f"IVF{lists},PQ64x4fsr" for lists in (128, 1024, 2048, 16_384, 16_384))]
 
 
 @pytest.mark.parametrize(("factory", "wanted"), [("IVF8,PQ16x4fsr", 96), ("Flat", 40), ("IVF8,SQ8", 40)])
 def test_rough_codes_ask_for_more_candidates(factory: str, wanted: int) -> None:
-    assert index.default_candidates(factory, DIM, 32) == wanted
+    assert factories.default_candidates(factory, DIM, 32) == wanted
 
 
 # --- Sidecars -------------------------------------------------------------------------------------------------------
@@ -359,8 +360,8 @@ def test_rough_codes_ask_for_more_candidates(factory: str, wanted: int) -> None:
 def test_a_saved_unit_comes_back_the_same(factory: str, sync: bool, tmp_path: Path) -> None:
     keys = clustered(2000)
     unit = build(keys, factory, cuts=(500,))
-    index.save(unit, tmp_path / "unit", OsVfs(), sync=sync)
-    again = index.load(tmp_path / "unit", OsVfs(), spec_of())
+    faiss_index.save(unit, tmp_path / "unit", OsVfs(), sync=sync)
+    again = faiss_index.load(tmp_path / "unit", OsVfs(), spec_of())
     queries = queries_near(keys)
     assert again is not None
     assert (again.name, again.documents, again.factory) == (unit.name, unit.documents, unit.factory)
@@ -369,9 +370,9 @@ def test_a_saved_unit_comes_back_the_same(factory: str, sync: bool, tmp_path: Pa
 
 
 def test_saving_replaces_what_was_there(tmp_path: Path) -> None:
-    index.save(build(clustered(50)), tmp_path / "unit", OsVfs())
-    index.save(build(clustered(70)), tmp_path / "unit", OsVfs())
-    again = index.load(tmp_path / "unit", OsVfs(), spec_of())
+    faiss_index.save(build(clustered(50)), tmp_path / "unit", OsVfs())
+    faiss_index.save(build(clustered(70)), tmp_path / "unit", OsVfs())
+    again = faiss_index.load(tmp_path / "unit", OsVfs(), spec_of())
     assert again is not None
     assert again.tokens == 70
 
@@ -380,55 +381,55 @@ def test_every_flipped_bit_is_noticed_and_the_directory_removed(tmp_path: Path) 
     unit = build(clustered(1500))
     generator = np.random.default_rng(7)
     for _ in range(150):
-        index.save(unit, tmp_path / "unit", OsVfs())
+        faiss_index.save(unit, tmp_path / "unit", OsVfs())
         files = sorted((tmp_path / "unit").iterdir())
         victim = files[generator.integers(len(files))]
         data = bytearray(victim.read_bytes())
         data[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
         victim.write_bytes(data)
-        assert index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
+        assert faiss_index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
         assert not (tmp_path / "unit").exists()
 
 
 @pytest.mark.parametrize("length", [0, 1, 9, 100, -1])
 @pytest.mark.parametrize("name", ["manifest.json", "head-00000.faiss"])
 def test_every_cut_file_is_noticed(name: str, length: int, tmp_path: Path) -> None:
-    index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
+    faiss_index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
     path = tmp_path / "unit" / name
     path.write_bytes(path.read_bytes()[:length])
-    assert index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
+    assert faiss_index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
     assert not (tmp_path / "unit").exists()
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "head-00000.faiss"])
 def test_every_missing_file_is_noticed(name: str, tmp_path: Path) -> None:
-    index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
+    faiss_index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
     (tmp_path / "unit" / name).unlink()
-    assert index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
-    assert index.load(tmp_path / "unit", OsVfs(), spec_of()) is None  # The directory is gone by now.
+    assert faiss_index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
+    assert faiss_index.load(tmp_path / "unit", OsVfs(), spec_of()) is None  # The directory is gone by now.
 
 
 def test_heads_swapped_on_disk_are_noticed(tmp_path: Path) -> None:
     keys = torch.stack([clustered(1500), clustered(1500, seed=1)])
-    unit = index.build("unit", [IndexedDocument(1, 1, 1500)], spec_of(heads=2), "auto", lambda *_: keys)
-    index.save(unit, tmp_path / "unit", OsVfs())
+    unit = faiss_index.build("unit", [IndexedDocument(1, 1, 1500)], spec_of(heads=2), "auto", lambda *_: keys)
+    faiss_index.save(unit, tmp_path / "unit", OsVfs())
     first, second = tmp_path / "unit" / "head-00000.faiss", tmp_path / "unit" / "head-00001.faiss"
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
-    assert index.load(tmp_path / "unit", OsVfs(), spec_of(heads=2)) is None
+    assert faiss_index.load(tmp_path / "unit", OsVfs(), spec_of(heads=2)) is None
 
 
 @pytest.mark.parametrize("spec", [spec_of(2), spec_of(heads=2), spec_of(dim=8)])
 def test_a_unit_of_another_spec_is_not_taken(spec: MemorySpec, tmp_path: Path) -> None:
-    index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
-    assert index.load(tmp_path / "unit", OsVfs(), spec) is None
+    faiss_index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
+    assert faiss_index.load(tmp_path / "unit", OsVfs(), spec) is None
 
 
 def test_a_unit_of_another_faiss_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
-    monkeypatch.setattr(index.faiss, "__version__", "0.0.0")
-    assert index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
+    faiss_index.save(build(clustered(1500)), tmp_path / "unit", OsVfs())
+    monkeypatch.setattr(faiss_index.faiss, "__version__", "0.0.0")
+    assert faiss_index.load(tmp_path / "unit", OsVfs(), spec_of()) is None
 
 
 class FullDisk(OsVfs):
@@ -446,11 +447,11 @@ class FullDisk(OsVfs):
 
 def test_a_full_disk_leaves_nothing_behind_at_any_write(tmp_path: Path) -> None:
     unit = build(clustered(1500))
-    index.save(unit, tmp_path / "unit", OsVfs())
+    faiss_index.save(unit, tmp_path / "unit", OsVfs())
     size = sum(path.stat().st_size for path in (tmp_path / "unit").iterdir())
     for room in (0, 100, size // 2, size - 1):
         with pytest.raises(ResourceExhausted):
-            index.save(unit, tmp_path / "unit", FullDisk(room))
+            faiss_index.save(unit, tmp_path / "unit", FullDisk(room))
         assert not (tmp_path / "unit").exists()
 
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from memory_service import verbs
 from memory_service.errors import AlreadyExists, FotError, NotFound, SessionExpired
-from memory_service.parts import PartLayout, part_ranges
-from memory_service.recovery import rebuild_catalog
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.parts import PartLayout, part_ranges
+from memory_service.storage.vfs import OsVfs
+from memory_service.store.recovery import rebuild_catalog
+from memory_service.store.store import Store
 from memory_service.types import (
     Attended,
     Chunk,
@@ -41,7 +42,6 @@ from memory_service.types import (
     SessionScope,
     Upload,
 )
-from memory_service.vfs import OsVfs
 from tests.memory_service.kept import run as wait
 from tests.memory_service.oracle import (
     ME,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from memory_service.lifetime import run, until_signal
-from memory_service.notify import READY, Supervisor
+from memory_service.process.lifetime import run, until_signal
+from memory_service.process.notify import READY, Supervisor
 
 
 @pytest.fixture

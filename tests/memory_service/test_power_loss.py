@@ -18,9 +18,9 @@ import torch
 
 from memory_service import verbs
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.vfs import File, OsVfs, Vfs
+from memory_service.store.store import Store
 from memory_service.types import Document, OperationKind, OperationState
-from memory_service.vfs import File, OsVfs, Vfs
 from tests.memory_service.faults import FaultVfs, State
 from tests.memory_service.oracle import (
     ME,
@@ -129,7 +129,7 @@ def look(state: State, directory: Path, vfs: Vfs | None = None) -> None:
         found = holds(store)
         allowed = AFTER[len(state.marks) : len(state.marks) + 2]
         assert found in allowed, f"{state.name}: {found} is none of {allowed}"
-        known = {ref.path for one in store._live() for ref in one.segments.values()}
+        known = {ref.path for one in store._memories.all() for ref in one.segments.values()}
         assert {path.name for path in directory.rglob("*.safetensors")} == known, state.name
 
 

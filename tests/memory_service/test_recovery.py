@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from memory_service import recovery, segments
-from memory_service.catalog import Catalog, MemoryRow
 from memory_service.errors import DataLoss, FotError
-from memory_service.memory_file import MemoryFile
-from memory_service.parts import SegmentRef
-from memory_service.recovery import rebuild_catalog, recover
-from memory_service.segments import SegmentFiles
-from memory_service.tombstones import Tombstone, Tombstones
-from memory_service.vfs import File, OsVfs, Vfs
+from memory_service.storage import segments
+from memory_service.storage.catalog import Catalog
+from memory_service.storage.memory_file import MemoryFile
+from memory_service.storage.parts import SegmentRef
+from memory_service.storage.records import MemoryRow
+from memory_service.storage.segments import SegmentFiles
+from memory_service.storage.tombstones import Tombstone, Tombstones
+from memory_service.storage.vfs import File, OsVfs, Vfs
+from memory_service.store import recovery
+from memory_service.store.recovery import rebuild_catalog, recover
 from tests.memory_service.faults import FaultVfs, flip_bit
 from tests.memory_service.storage import KEY, SPEC, stage, visible
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_service import residency, verbs
-from memory_service.attention import merge
+from memory_service import verbs
+from memory_service.attention import residency
+from memory_service.attention.exact import merge
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import DType, OperationKind, Partial, Scope
 from tests.memory_service.oracle import (
     BF16_BAR,
@@ -125,9 +126,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 def audit(store: Store, note: object = "") -> None:
     """The budget is charged exactly for what is in RAM, and every row there is live, dead, or not there."""
-    memories = store._live()
+    memories = store._memories.all()
     resident = sum(memory.resident_bytes for memory in memories)
-    assert store._residency.used == resident, note
+    assert store._memories.residency.used == resident, note
     assert resident <= store.options.resident_bytes, note
     for memory in memories:
         spans: dict[int, list[tuple[int, int]]] = {id(slab): [] for slab in memory.slabs}
@@ -162,7 +163,7 @@ def test_the_budget_adds_up_whatever_comes_and_goes(store: Store, seed: int) -> 
             case 9:
                 finish(store, name, OperationKind.COMPACT)
             case 10:
-                store._memories[ME.tenant, name].send_away()
+                store._memories.get(ME.tenant, name).send_away()
             case 11 if dice.random() < 0.3:
                 store.run(ME, verbs.DeleteMemory(name))
                 del alive[name]
@@ -171,7 +172,7 @@ def test_the_budget_adds_up_whatever_comes_and_goes(store: Store, seed: int) -> 
         audit(store, f"seed {seed}, turn {turn}")
     for name in list(alive):
         store.run(ME, verbs.DeleteMemory(name))
-    assert store._residency.used == 0
+    assert store._memories.residency.used == 0
 
 
 def test_an_idle_memory_gives_way_and_answers_the_same_from_disk(store: Store) -> None:
@@ -226,10 +227,10 @@ def test_a_document_that_cannot_be_read_does_not_eat_the_budget(store: Store, tm
     for _ in range(5):
         warm(store, "m")
     audit(store)
-    memory = store._memories[ME.tenant, "m"]
+    memory = store._memories.get(ME.tenant, "m")
     assert not memory.documents["d"].spans
     memory.tidy()
-    assert store._residency.used == 0
+    assert store._memories.residency.used == 0
 
 
 def test_plans_are_right_after_every_change_of_place(store: Store) -> None:
@@ -239,7 +240,7 @@ def test_plans_are_right_after_every_change_of_place(store: Store) -> None:
         put(store, "m", one)
     keys, values = (torch.cat([getattr(one, which)[1] for one in documents], 1) for which in ("keys", "values"))
     queries = QUERIES[:4, :, :8]
-    memory = store._memories[ME.tenant, "m"]
+    memory = store._memories.get(ME.tenant, "m")
     for change in (lambda: warm(store, "m"), memory.send_away, lambda: warm(store, "m"), memory.send_away):
         change()
         for scope in (Scope(), Scope(tuple(one.id for one in documents))):

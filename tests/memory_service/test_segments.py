@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 
 from memory_service.errors import Cancelled, DataLoss, FailedPrecondition, InvalidArgument, ResourceExhausted
-from memory_service.memory_file import MemoryFile
-from memory_service.parts import CHUNK_BYTES, PartHeader, PartLayout, decode_header, part_ranges, part_tokens
-from memory_service.segments import SegmentFiles
-from memory_service.staging import Staging
+from memory_service.storage.memory_file import MemoryFile
+from memory_service.storage.parts import CHUNK_BYTES, PartHeader, PartLayout, decode_header, part_ranges, part_tokens
+from memory_service.storage.segments import SegmentFiles
+from memory_service.storage.staging import Staging
+from memory_service.storage.vfs import OsVfs, StorageFailed
 from memory_service.types import Cancel, DType, MemorySpec
-from memory_service.vfs import OsVfs, StorageFailed
 from tests.memory_service.faults import FaultVfs, flip_bit, truncate, zero_page
 from tests.memory_service.storage import KEY, SPEC, check_part, content, stage, with_dtype
 

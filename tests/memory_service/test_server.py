@@ -24,8 +24,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from memory_service import verbs as v
-from memory_service.chunks import encode_chunk
-from memory_service.codec import RPCS, SERVICE
 from memory_service.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -37,9 +35,9 @@ from memory_service.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from memory_service.server import READING, Server, check_exposure, is_local, running, serve
+from memory_service.server.server import READING, Server, check_exposure, is_local, running, serve
 from memory_service.settings import ServerSettings, StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import (
     Attended,
     AttendGroup,
@@ -54,6 +52,8 @@ from memory_service.types import (
     Scope,
 )
 from memory_service.v1 import memory_pb2 as pb
+from memory_service.wire.chunks import encode_chunk
+from memory_service.wire.codec import RPCS, SERVICE
 from tests.memory_service.calls import MODEL, SPEC, Caller, SpyStore, attend, calling, outcome, translated
 from tests.ports import own_port
 

@@ -16,9 +16,9 @@ import pytest
 from memory_service import verbs
 from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, NotFound
-from memory_service.parts import PartHeader, decode_header, encode_header
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.parts import PartHeader, decode_header, encode_header
+from memory_service.store.store import Store
 from memory_service.types import Identity, OperationKind, OperationState, Role
 from tests.memory_service.faults import flip_bit, truncate, zero_page
 from tests.memory_service.kept import SPEC, done, failed, filled, kept, look, names

@@ -14,11 +14,11 @@ import pytest
 
 from memory_service import verbs
 from memory_service.errors import FotError
-from memory_service.recovery import rebuild_catalog
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.vfs import CannotLink, OsVfs, Vfs, storage_error
+from memory_service.store.recovery import rebuild_catalog
+from memory_service.store.store import Store
 from memory_service.types import OperationState
-from memory_service.vfs import CannotLink, OsVfs, Vfs, storage_error
 from tests.memory_service.faults import FaultVfs, State
 from tests.memory_service.kept import SPEC, done, kept, look, names, run
 from tests.memory_service.oracle import ME, document, everything_in_small_pieces, put
@@ -120,7 +120,7 @@ def fault_is_met(template: Path, root: Path, operation: str, nth: int, two: bool
         if "n" not in names(store):
             done(store, RESTORE)
         assert look(store, "n") == before, note
-        known = {ref.path for one in store._live() for ref in one.segments.values()}
+        known = {ref.path for one in store._memories.all() for ref in one.segments.values()}
         assert {path.name for path in (root / "data/memories").rglob("seg-*")} == known, note
         assert {path.name for path in (root / "snapshots/default").iterdir()} == {"zero", "one"}, note
     shutil.rmtree(root)
@@ -194,7 +194,7 @@ def look_at(state: State, root: Path) -> None:
             done(store, verbs.RestoreSnapshot("one", "o"))
         for name in {"n", "o"} & set(names(store)):
             assert look(store, name) == look(store), name
-        known = {ref.path for one in store._live() for ref in one.segments.values()}
+        known = {ref.path for one in store._memories.all() for ref in one.segments.values()}
         assert {path.name for path in (root / "data/memories").rglob("seg-*")} == known
 
 

@@ -22,10 +22,10 @@ from memory_service import (
     OperationState,
     PermissionDenied,
 )
-from memory_service.auth import TokenFile
 from memory_service.cli import work
 from memory_service.client import connection
 from memory_service.cluster import caretaker
+from memory_service.server.auth import TokenFile
 from memory_service.types import Role
 from tests.memory_service.clusters import services, target
 from tests.memory_service.places import PLACES, client_at, serving

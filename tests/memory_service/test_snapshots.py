@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from memory_service import recovery, verbs
+from memory_service import verbs
 from memory_service.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, QuotaExceeded
-from memory_service.recovery import rebuild_catalog
 from memory_service.settings import StoreOptions
 from memory_service.shards import Shard, ShardMap
-from memory_service.store import Store
+from memory_service.storage.vfs import OsVfs
+from memory_service.store import recovery
+from memory_service.store.recovery import rebuild_catalog
+from memory_service.store.store import Store
 from memory_service.types import Identity, OperationKind, OperationState, Role
-from memory_service.vfs import OsVfs
 from tests.memory_service.kept import SPEC, TwoDisks, done, failed, filled, kept, look, names, run
 from tests.memory_service.oracle import ME, document, everything_in_small_pieces, finish, put, refused
 
@@ -182,7 +183,7 @@ def test_what_is_dead_in_the_segments_never_comes_back(
     done(store, verbs.CreateSnapshot("m", "one"))
     store.run(ME, verbs.DeleteMemory("m"))
     done(store, verbs.RestoreSnapshot("one"))
-    held = [part.header for ref in store._memories["default", "m"].segments.values() for part in ref.parts]
+    held = [part.header for ref in store._memories.get("default", "m").segments.values() for part in ref.parts]
     assert {"dead", "live", "old"} <= {one.document for one in held}
     assert store.run(ME, verbs.GetStats("m")).dead_bytes > 0
     assert look(store) == before

@@ -28,11 +28,12 @@ from memory_service.errors import (
     Unavailable,
     WrongModel,
 )
-from memory_service.live_memory import LiveMemory
-from memory_service.parts import PartLayout
-from memory_service.recovery import rebuild_catalog
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.storage.parts import PartLayout
+from memory_service.storage.vfs import OsVfs
+from memory_service.store.live_memory import LiveMemory
+from memory_service.store.recovery import rebuild_catalog
+from memory_service.store.store import Store
 from memory_service.types import (
     AttendGroup,
     AttendOptions,
@@ -53,7 +54,6 @@ from memory_service.types import (
     SessionAppend,
     SessionScope,
 )
-from memory_service.vfs import OsVfs
 from tests.memory_service.oracle import (
     ME,
     MODEL,
@@ -945,7 +945,7 @@ def test_operations_are_listed_in_pages_newest_first(store: Store) -> None:
 
 def test_the_same_work_is_not_started_twice(store: Store) -> None:
     put(store, "m", A)
-    memory = store._memories["default", "m"]
+    memory = store._memories.get("default", "m")
     with memory.filling:  # The compaction must wait for it.
         first = store.run(ME, verbs.StartOperation("m", OperationKind.COMPACT))
         again = store.run(ME, verbs.StartOperation("m", OperationKind.COMPACT))
@@ -972,7 +972,7 @@ def test_a_reader_keeps_the_files_it_reads_until_it_is_done(disk: Store, tmp_pat
     put(disk, "m", B)
     put(disk, "m", document("c", 5, SPEC, "c"))
     disk.run(ME, verbs.DeleteDocument("m", "b"))
-    memory = disk._memories["default", "m"]
+    memory = disk._memories.get("default", "m")
     with memory.reading():
         old = memory.documents["a"]
         finish(disk, "m", OperationKind.COMPACT)
@@ -985,7 +985,7 @@ def test_compacting_again_while_a_reader_holds_the_old_files_is_fine(disk: Store
     put(disk, "m", A)
     put(disk, "m", B)
     disk.run(ME, verbs.DeleteDocument("m", "b"))
-    with disk._memories["default", "m"].reading():
+    with disk._memories.get("default", "m").reading():
         for _ in range(2):
             done = finish(disk, "m", OperationKind.COMPACT)
             assert done.state is OperationState.DONE, done.message
@@ -1072,11 +1072,11 @@ def test_an_id_used_again_after_a_rebuild_is_not_mistaken_for_the_one_deleted_be
 def test_deleting_a_memory_gives_all_its_ram_back(disk: Store) -> None:
     put(disk, "m", A)
     warm(disk, "m")
-    memory = disk._memories["default", "m"]
+    memory = disk._memories.get("default", "m")
     disk.run(ME, verbs.DeleteMemory("m"))
     for late in (lambda: disk._upkeep.warm(memory, Cancel()), memory.tidy, memory.send_away):
         late()  # The background thread may have been about to.
-        assert disk._residency.used == 0
+        assert disk._memories.residency.used == 0
 
 
 def test_background_work_brings_documents_into_ram_by_itself(tmp_path: Path) -> None:

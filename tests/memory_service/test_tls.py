@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from memory_service.auth import TokenFile
 from memory_service.errors import InvalidArgument
-from memory_service.server import running
+from memory_service.server.auth import TokenFile
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings
 from memory_service.types import Attended, Coverage, Role
 from tests.memory_service.calls import Caller, SpyStore, attend, calling, outcome

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memory_service.errors import DataLoss, FailedPrecondition, ResourceExhausted
-from memory_service.vfs import CannotLink, OsVfs, StorageFailed, Vfs, replace_file
+from memory_service.storage.vfs import CannotLink, OsVfs, StorageFailed, Vfs, replace_file
 from tests.memory_service.faults import FaultVfs, flip_bit, truncate, zero_page
 
 
@@ -120,9 +120,8 @@ def test_a_small_file_beyond_its_limit_is_not_read(tmp_path: Path) -> None:
 def test_a_second_holder_of_the_lock_is_told_who_has_it(tmp_path: Path) -> None:
     vfs = OsVfs()
     lock = vfs.lock(tmp_path / "LOCK")
-    script = (
-        "import sys; from pathlib import Path; from memory_service.vfs import OsVfs; OsVfs().lock(Path(sys.argv[1]))"
-    )
+    take = "from memory_service.storage.vfs import OsVfs; OsVfs().lock(Path(sys.argv[1]))"
+    script = f"import sys; from pathlib import Path; {take}"
     other = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "LOCK"], capture_output=True, text=True, check=False
     )

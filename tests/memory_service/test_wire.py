@@ -10,9 +10,10 @@ import torch
 
 from memory_service import errors
 from memory_service.errors import FotError, InvalidArgument
+from memory_service.storage.vfs import StorageFailed
 from memory_service.v1 import memory_pb2 as pb
-from memory_service.vfs import StorageFailed
-from memory_service.wire import DOMAIN, INTEGERS, STATUS, WireStatus, read_error, read_tensor, write_error, write_tensor
+from memory_service.wire.statuses import DOMAIN, STATUS, WireStatus, read_error, write_error
+from memory_service.wire.tensors import INTEGERS, read_tensor, write_tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64)
 TERABYTE = 1 << 40

@@ -19,7 +19,7 @@ import torch
 
 from memory_service import verbs
 from memory_service.settings import StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from memory_service.types import Document, MemorySpec, OperationKind
 from tests.memory_service.oracle import ME, document, everything_in_small_pieces, finish, put, spec_of
 

@@ -18,8 +18,8 @@ import openai
 import pytest
 
 from memory_service import InvalidArgument, PermissionDenied, Unauthenticated
-from memory_service.auth import EVERYONE, TokenFile
 from memory_service.errors import FailedPrecondition
+from memory_service.server.auth import EVERYONE, TokenFile
 from memory_service.types import Identity, Role
 from model_worker.api.keys import Keys
 from model_worker.api.process import running

@@ -22,7 +22,7 @@ from memory_service.errors import (
     ResourceExhausted,
     Unauthenticated,
 )
-from memory_service.wire import read_error
+from memory_service.wire.statuses import read_error
 from model_worker.api.limits import Limits
 from model_worker.api.policy import POLICY, SERVICE
 from model_worker.v1 import model_worker_pb2 as pb

@@ -19,8 +19,8 @@ from pyarrow import parquet
 from tokenizers import processors
 
 from memory_service import InvalidArgument, NotFound
+from memory_service.store.uploads import Request
 from memory_service.types import MAX_METADATA_BYTES, MAX_METADATA_KEYS
-from memory_service.uploads import Request
 from model_worker.corpus import (
     BadBytes,
     Choice,

@@ -9,9 +9,9 @@ import pytest
 
 from memory_service import Memory, SessionExpired
 from memory_service.errors import FotError
-from memory_service.server import running
+from memory_service.server.server import running
 from memory_service.settings import ServerSettings, StoreOptions
-from memory_service.store import Store
+from memory_service.store.store import Store
 from model_worker.fitting import spec_of
 from model_worker.model import FotModel
 from model_worker.serving.batcher import Batcher

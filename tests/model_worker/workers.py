@@ -16,7 +16,7 @@ import openai
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_service import Client, Memory
-from memory_service.auth import TokenFile
+from memory_service.server.auth import TokenFile
 from memory_service.types import Role
 from model_worker import reference
 from model_worker.api.keys import Keys

@@ -1,0 +1,1 @@
+"""Verbs, tensors and errors as protobuf messages and gRPC statuses, both ways."""
