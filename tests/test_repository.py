@@ -117,7 +117,9 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_the_architecture_names_every_module_on_the_floor_it_is_held_to(package: str) -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = [one["layers"] for one in contracts if one.get("containers") == [package]]
-    floors = {module: floor for floor, modules in enumerate(reversed(layers)) for module in re.split(r" [:|] ", modules)}
+    floors = {
+        module: floor for floor, modules in enumerate(reversed(layers)) for module in re.split(r" [:|] ", modules)
+    }
     (tree,) = re.findall(rf"```\n{package}/\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
     told = {
         module: int(floor)

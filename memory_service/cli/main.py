@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from memory_service.cli import bench, cluster, doctor, documents, memories, serve, snapshots, tokens, verify, work
+from memory_service.cli import (
+    bench,
+    cluster,
+    doctor,
+    documents,
+    memories,
+    serve,
+    snapshot_check,
+    snapshots,
+    tokens,
+    verify,
+    work,
+)
 from memory_service.cli.environment import check_environment
 from memory_service.cli.stats import stats
 from memory_service.errors import FotError
@@ -49,6 +61,7 @@ memories.app.command("compact")(work.compact)
 memories.app.command("verify")(work.verify)
 app.add_typer(documents.app, name="docs")
 app.add_typer(snapshots.app, name="snapshot")
+snapshots.app.command("verify")(snapshot_check.verify)
 app.add_typer(tokens.app, name="token")
 app.command("stats")(stats)
 app.command("status")(cluster.status)

@@ -96,10 +96,11 @@ def restore(
     json: Json = False,
 ) -> None:
     """Make a new memory of a snapshot once every byte was checked, and wait until that is done."""
+    from memory_service.client.places import is_cluster  # Loads torch: fot --help does not wait for it.
+
     with connect(target, token_file, ca, insecure, snapshots=snapshots) as client:
         ended = watched(client.restore(snapshot, name), client.operation)
-        remote = client.connection.remote
-    if ended.state is OperationState.DONE and remote and _is_cluster(target):
+    if ended.state is OperationState.DONE and is_cluster(target):
         # Replicas that did not see the snapshot get the documents from those that did.
         with caretaker(target, token_file, ca, insecure) as keeper:
             keeper.heal()
@@ -131,8 +132,3 @@ def _note(one: Snapshot) -> str:
     if one.missing:
         return f"lacks shard {', '.join(one.missing)}"
     return f"damaged: {one.problem}" if one.problem else ""
-
-
-def _is_cluster(target: str) -> bool:
-    rest = target.partition("://")[2]
-    return "," in rest or "?" in rest or not target.startswith(("grpc://", "grpcs://", "unix:"))

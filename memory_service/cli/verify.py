@@ -86,7 +86,7 @@ def _check(catalog: Catalog, files: SegmentFiles, report: Report) -> None:
     report.memories, report.segments = len(memories), len(segments)
     report.documents = sum(len(catalog.documents(memory.key)) for memory in memories)
     report.bytes = sum(ref.nbytes for _, ref in segments)
-    with _progress(report.bytes) as advance:
+    with reading(report.bytes) as advance:
         for memory, ref in segments:
             try:
                 files.verify(memory.key, ref, progress=advance)
@@ -97,7 +97,7 @@ def _check(catalog: Catalog, files: SegmentFiles, report: Report) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
+def reading(total: int) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, for people who watch."""
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:

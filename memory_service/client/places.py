@@ -225,6 +225,11 @@ def cluster_target(target: str, token: str | Path | None, tls: Tls | None, insec
     return found
 
 
+def is_cluster(target: str | Path) -> bool:
+    """Whether a target names many services. Raises InvalidArgument for a target that is none of the forms."""
+    return isinstance(_resolve(target, None, None, False, None), ClusterTarget)
+
+
 def _resolve(
     target: str | Path, token: str | Path | None, tls: Tls | None, insecure: bool, options: StoreOptions | None
 ) -> Address | ClusterTarget | Path | None:

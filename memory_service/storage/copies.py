@@ -38,10 +38,14 @@ class Copies:
         if not self.link(source, target):
             self.copy(source, target, segment, progress, cancel)
             return
+        self.check(target, segment, progress, cancel)
+
+    def check(self, path: Path, segment: SegmentRef, progress: Callable[[int], None], cancel: Cancel) -> None:
+        """Read every byte of a segment where it is; DataLoss naming file and chunk."""
         try:
-            self._reader.verify(target, segment, cancel, progress)
+            self._reader.verify(path, segment, cancel, progress)
         finally:
-            self._reader.forget(target)
+            self._reader.forget(path)
 
     def copy(
         self, source: Path, target: Path, segment: SegmentRef, progress: Callable[[int], None], cancel: Cancel

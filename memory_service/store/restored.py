@@ -1,20 +1,68 @@
-"""What a snapshot's segments hold, compared with what it says: whole documents alive, all else dead for good."""
+"""What a snapshot's files hold, compared with what it says: whole documents alive, all else dead for good."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from memory_service.errors import DataLoss, FotError
-from memory_service.storage.parts import PartHeader
+from memory_service.errors import DataLoss, FotError, InvalidArgument
+from memory_service.index.factories import check_factory
+from memory_service.storage.parts import PartHeader, SegmentRef, spec_to_json
 from memory_service.storage.snapshot_file import MAX_TIME, Contents, Description
+from memory_service.storage.snapshot_files import Found, SnapshotFiles
 from memory_service.storage.tombstones import Tombstone
 from memory_service.store.uploads import Request
-from memory_service.types import Conflict
+from memory_service.types import Cancel, Conflict
 
 
-def check_restored(headers: Sequence[PartHeader], contents: Contents, told: Description) -> None:
-    """Raise DataLoss unless the parts are those of the documents the snapshot names, each of them whole."""
+def described(files: SnapshotFiles, one: Found) -> Description:
+    """What a snapshot says of itself; DataLoss if no memory can be made of that, NotFound if it is gone."""
+    told = files.describe(one)
+    try:
+        check_factory(told.memory.spec.index.factory, told.memory.spec.head_dim)
+    except InvalidArgument as error:
+        raise DataLoss(error.message) from error
+    return told
+
+
+def segments_of(
+    files: SnapshotFiles,
+    one: Found,
+    told: Description,
+    contents: Contents,
+    take: Callable[[Path, SegmentRef], None],
+    cancel: Cancel,
+) -> list[SegmentRef]:
+    """Give each segment file to `take`, which reads it; DataLoss unless they hold the documents it names, whole."""
+    found = []
+    for entry in contents.segments:
+        cancel.check()
+        segment = files.segment(one, entry, spec_to_json(told.memory.spec))
+        take(files.path(one) / entry.path, segment)
+        found.append(segment)
+    _check_restored([part.header for segment in found for part in segment.parts], contents, told)
+    return found
+
+
+def verify(files: SnapshotFiles, one: Found, progress: Callable[[int], None], cancel: Cancel) -> Description:
+    """Read all that a restore would, and make nothing of it; DataLoss naming what is damaged.
+
+    `progress` gets the bytes of each step.
+    """
+    told = described(files, one)
+    contents = files.contents(one, told)
+    if files.memory(one) != told.memory:
+        raise DataLoss("memory.json is of another memory")
+
+    def take(path: Path, segment: SegmentRef) -> None:
+        files.copies.check(path, segment, progress, cancel)
+
+    segments_of(files, one, told, contents, take, cancel)
+    return told
+
+
+def _check_restored(headers: Sequence[PartHeader], contents: Contents, told: Description) -> None:
     try:
         _check(headers, contents, told)
     except (TypeError, ValueError, AttributeError) as error:

@@ -7,14 +7,14 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from memory_service import verbs
-from memory_service.errors import DataLoss, FailedPrecondition, FotError, InvalidArgument
-from memory_service.index.factories import check_factory
+from memory_service.errors import DataLoss, FailedPrecondition, FotError
 from memory_service.shards import OTHER_NAME, Member
 from memory_service.storage.catalog import Catalog
 from memory_service.storage.memory_file import MemoryFile
-from memory_service.storage.parts import PartHeader, spec_to_json
+from memory_service.storage.parts import PartHeader, SegmentRef
 from memory_service.storage.records import MemoryRow
 from memory_service.storage.segments import SegmentFiles
 from memory_service.storage.snapshot_file import Contents, Description
@@ -23,7 +23,7 @@ from memory_service.storage.vfs import StorageFailed
 from memory_service.store.membership import Membership
 from memory_service.store.memories import Memories
 from memory_service.store.operations import Operations
-from memory_service.store.restored import check_restored, dead_in
+from memory_service.store.restored import dead_in, described, segments_of
 from memory_service.store.snapshots import Progress, Snapshots, adding, counted, moving
 from memory_service.types import Cancel, MemorySpec, Operation, OperationKind, OperationState, check_name
 
@@ -95,12 +95,7 @@ class Restores:
 
     def _described(self, one: Found) -> Description:
         with _named(one.id):
-            told = self.snapshots.files.describe(one)
-            try:
-                check_factory(told.memory.spec.index.factory, told.memory.spec.head_dim)
-            except InvalidArgument as error:
-                raise DataLoss(error.message) from error
-            return told
+            return described(self.snapshots.files, one)
 
     def _bring(
         self,
@@ -114,27 +109,24 @@ class Restores:
     ) -> None:
         files = self._segments
         assert files is not None
-        key, spec = secrets.token_hex(16), memory.spec
+        copies, key = self.snapshots.files.copies, secrets.token_hex(16)
+
+        def take(path: Path, segment: SegmentRef) -> None:
+            copies.bring(path, files.place(key, path.name), segment, advance, cancel)
+
         files.begin_restore(key)
         try:
-            refs = []
-            for entry in contents.segments:
-                cancel.check()
-                ref = self.snapshots.files.segment(one, entry, spec_to_json(spec))
-                source = self.snapshots.files.path(one) / entry.path
-                self.snapshots.files.copies.bring(source, files.place(key, entry.path), ref, advance, cancel)
-                refs.append(ref)
-            headers: list[PartHeader] = [part.header for ref in refs for part in ref.parts]
-            check_restored(headers, contents, told)
+            segments = segments_of(self.snapshots.files, one, told, contents, take, cancel)
+            headers: list[PartHeader] = [part.header for segment in segments for part in segment.parts]
             dead = dead_in(key, headers, contents)
             generations = (*(header.generation for header in headers), *(stone.generation for stone in dead))
             following = max([contents.next_generation, *(number + 1 for number in generations)])
-            row = MemoryRow(key, memory.tenant, memory.name, spec, memory.created_at, following)
+            row = MemoryRow(key, memory.tenant, memory.name, memory.spec, memory.created_at, following)
             cancel.check()
             files.describe_restored(key, memory, dead)
             # Documents that begin to move must not appear behind the back of who moves them.
             with self._membership.steady(member):
-                self._catalog.restore(row, refs, contents.documents)
+                self._catalog.restore(row, segments, contents.documents)
                 self._memories.admit(row)
         except StorageFailed:
             raise  # What is on disk is not known: touch nothing, the next open decides.

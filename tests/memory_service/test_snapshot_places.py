@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ from memory_service.cli import work
 from memory_service.client import connection
 from memory_service.cluster import caretaker
 from memory_service.server.auth import TokenFile
+from memory_service.settings import StoreOptions
 from memory_service.types import Role
 from tests.memory_service.clusters import services, target
+from tests.memory_service.faults import flip_bit, truncate
 from tests.memory_service.places import PLACES, client_at, serving
 from tests.memory_service.test_cli import Fot
 
@@ -199,3 +203,80 @@ def test_the_command_restores_a_cluster_and_brings_it_to_every_replica(fot: Fot,
         done = fot("snapshot", "restore", "one", *place)
         assert done.out.startswith("Memory notes holds 3 documents again")
         assert fot("status", *place).code == 0
+
+
+def test_snapshots_are_verified_where_they_lie_whoever_serves_them(fot: Fot, data: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    with Client.open(data, options=StoreOptions(background=False, snapshots=kept)) as client:
+        for name in ("one", "two"):
+            client.wait(client.memory("notes").snapshot(name), 30)
+    shutil.copytree(kept, tmp_path / "copied")
+    before = contents_of(tmp_path / "copied")
+    whole = fot("snapshot", "verify", tmp_path / "copied")
+    assert whole.code == 0
+    assert [line.split()[:3] for line in whole.out.splitlines()[1:3]] == [
+        ["one", "default", "notes"],
+        ["two", "default", "notes"],
+    ]
+    assert whole.out.splitlines()[-1].startswith("2 snapshots, ")
+    assert whole.out.endswith(": all is well.\n")
+    assert contents_of(tmp_path / "copied") == before  # Nothing was written.
+    segment = next((tmp_path / "copied/default/two").glob("seg-*"))
+    block = bytearray(segment.read_bytes())
+    block[-1] ^= 1
+    segment.write_bytes(block)
+    told = fot("snapshot", "verify", tmp_path / "copied")
+    assert told.code == 1
+    assert f"Damaged: default/two: {segment.name}: chunk 0 of part 0 does not match its checksum\n" in told.out
+    assert told.out.endswith(": 1 damaged.\n")
+    assert fot("snapshot", "verify", tmp_path / "copied", "--id", "one").code == 0
+    first, second = fot("snapshot", "verify", tmp_path / "copied", "--json").json
+    assert (first["problem"], first["documents"], first["tokens"]) == ("", 3, 18)
+    assert second["problem"].startswith(segment.name)
+
+
+@pytest.mark.parametrize("name", ["snapshot.json", "contents.json", "memory.json", "seg-"])
+@pytest.mark.parametrize("damage", [flip_bit, truncate, Path.unlink])
+def test_damage_to_any_file_of_a_snapshot_is_told(
+    fot: Fot, data: Path, name: str, damage: Callable[..., object]
+) -> None:
+    fot("snapshot", "create", "notes", "--id", "one", "--target", data)
+    path = next(path for path in sorted((data / "snapshots/default/one").iterdir()) if path.name.startswith(name))
+    sound = path.read_bytes()
+    path.unlink()  # A segment is linked to the memory's own.
+    path.write_bytes(sound)
+    if damage is Path.unlink:
+        path.unlink()
+    else:
+        damage(path, random.Random(7))
+        assert path.read_bytes() != sound
+    told = fot("snapshot", "verify", data)
+    assert told.code == 1
+    if name == "snapshot.json" and damage is Path.unlink:
+        assert "there is no snapshot under" in told.err  # Without its description it is none.
+    else:
+        assert "1 damaged" in told.out
+
+
+def test_parts_of_other_shards_are_named_and_an_empty_root_is_no_success(fot: Fot, tmp_path: Path) -> None:
+    with services(2, tmp_path) as addresses, Client.open(target(addresses)) as client:
+        keeper = ("--target", target(addresses))
+        assert fot("heal", *keeper).code == 0
+        filled(client)
+        assert fot("snapshot", "create", "notes", "--id", "one", *keeper).code == 0
+    told = fot("snapshot", "verify", tmp_path / "service-0")
+    assert told.code == 0
+    (part,) = fot("snapshot", "verify", tmp_path / "service-0", "--json").json
+    assert f"of default/one, the parts of shards {part['missing'][0]} are not under this root" in told.out
+    assert fot("snapshot", "verify", tmp_path / "service-0", "--id", "none").err == (
+        f"fot: there is no snapshot 'none' under {tmp_path}/service-0/snapshots\n"
+    )
+    (tmp_path / "empty").mkdir()
+    nothing = fot("snapshot", "verify", tmp_path / "empty")
+    assert (nothing.code, nothing.err) == (1, f"fot: there is no snapshot under {tmp_path}/empty\n")
+    assert "there is no directory" in fot("snapshot", "verify", tmp_path / "none").err
+
+
+def contents_of(root: Path) -> dict[str, tuple[int, int]]:
+    """Every file with its size and the moment of its last change."""
+    return {str(one): (one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(root.rglob("*"))}
