@@ -136,4 +136,5 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = finder(__name__, __all__, ("errors", "types", "filters", "settings", "client", "attention.exact"))
+    _HOMES = ("errors", "types", "filters", "settings", "client", "attention.exact")
+    __getattr__ = finder(__name__, __all__, [f"{__name__}.{home}" for home in _HOMES])

@@ -7,12 +7,12 @@ from importlib import import_module
 
 
 def finder(package: str, names: Collection[str], homes: Sequence[str]) -> Callable[[str], object]:
-    """The `__getattr__` (PEP 562) of a package whose public names are in its modules `homes`, the light ones first."""
+    """The `__getattr__` (PEP 562) of a package whose public names are in the modules `homes`, the light ones first."""
 
     def find(name: str) -> object:
         if name in names:
             for home in homes:
-                module = import_module(f"{package}.{home}")
+                module = import_module(home)
                 if hasattr(module, name):
                     found: object = getattr(module, name)
                     setattr(import_module(package), name, found)  # The next time nobody asks.

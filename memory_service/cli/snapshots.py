@@ -96,7 +96,7 @@ def restore(
     json: Json = False,
 ) -> None:
     """Make a new memory of a snapshot once every byte was checked, and wait until that is done."""
-    from memory_service.client.places import is_cluster  # Loads torch: fot --help does not wait for it.
+    from memory_service.places.targets import is_cluster  # Loads torch: fot --help does not wait for it.
 
     with connect(target, token_file, ca, insecure, snapshots=snapshots) as client:
         ended = watched(client.restore(snapshot, name), client.operation)

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from memory_service.client.async_session import AsyncSession
     from memory_service.client.client import Client
     from memory_service.client.memory import Memory
-    from memory_service.client.places import Tls
     from memory_service.client.scopes import ALL_DOCUMENTS, ScopeLike, scope_of
     from memory_service.client.session import Session
+    from memory_service.places.targets import Tls
 
 __all__ = [
     "ALL_DOCUMENTS",
@@ -28,5 +28,5 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    _HOMES = ("scopes", "places", "async_session", "session", "async_memory", "memory", "async_client", "client")
-    __getattr__ = finder(__name__, __all__, _HOMES)
+    _HOMES = ("scopes", "async_session", "session", "async_memory", "memory", "async_client", "client")
+    __getattr__ = finder(__name__, __all__, ["memory_service.places.targets", *(f"{__name__}.{one}" for one in _HOMES)])

@@ -29,9 +29,10 @@ from memory_service.client.arguments import (
 )
 from memory_service.client.async_session import AsyncSession
 from memory_service.client.connection import AsyncConnection, Opening
-from memory_service.client.places import TIMEOUT_S, Tls, open_async_place
+from memory_service.client.opening import TIMEOUT_S, open_async_place
 from memory_service.client.scopes import ScopeLike, scope_of
 from memory_service.filters import Where, filter_of
+from memory_service.places.targets import Tls
 from memory_service.settings import StoreOptions
 from memory_service.types import (
     MAX_PAGE_SIZE,

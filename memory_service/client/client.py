@@ -8,7 +8,8 @@ from typing import Self, TypeVar
 
 from memory_service.client.connection import Connection
 from memory_service.client.memory import Memory
-from memory_service.client.places import TIMEOUT_S, Tls, open_place
+from memory_service.client.opening import TIMEOUT_S, open_place
+from memory_service.places.targets import Tls
 from memory_service.settings import StoreOptions
 from memory_service.types import MAX_PAGE_SIZE, MemoryInfo, MemorySpec, Operation, Snapshot, Stats
 from memory_service.verbs import (

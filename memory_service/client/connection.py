@@ -9,8 +9,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Generic, Protocol, TypeVar
 
 from memory_service.client.arguments import check_same_spec
-from memory_service.client.places import AsyncPlace, Place
 from memory_service.errors import DeadlineExceeded, NotFound
+from memory_service.places.place import AsyncPlace, Place
 from memory_service.types import MemoryInfo, MemorySpec, Operation, OperationState, Page
 from memory_service.verbs import CreateMemory, GetMemory, GetOperation, Verb
 

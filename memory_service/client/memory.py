@@ -28,10 +28,11 @@ from memory_service.client.arguments import (
     word,
 )
 from memory_service.client.connection import Connection
-from memory_service.client.places import TIMEOUT_S, Tls, open_place
+from memory_service.client.opening import TIMEOUT_S, open_place
 from memory_service.client.scopes import ScopeLike, scope_of
 from memory_service.client.session import Session
 from memory_service.filters import Where, filter_of
+from memory_service.places.targets import Tls
 from memory_service.settings import StoreOptions
 from memory_service.types import (
     MAX_PAGE_SIZE,

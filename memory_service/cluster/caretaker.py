@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from memory_service.client.places import ClusterTarget, Tls, cluster_target
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster import moving
 from memory_service.cluster.copying import holding, memories_at
 from memory_service.cluster.directory import Directory, Note, members_of, tell
@@ -19,6 +17,8 @@ from memory_service.cluster.moving import Moved
 from memory_service.cluster.opening import Reach, directory_of
 from memory_service.cluster.place import IMPATIENT, Lines
 from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, Unavailable
+from memory_service.places.remote import RemotePlace
+from memory_service.places.targets import ClusterTarget, Tls, cluster_target
 from memory_service.shards import Member, Shard, ShardMap, stamp_at
 from memory_service.types import Stats
 from memory_service.verbs import GetStats

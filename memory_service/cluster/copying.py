@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from memory_service.client.remote import RemotePlace
 from memory_service.errors import NotFound, Superseded
+from memory_service.places.remote import RemotePlace
 from memory_service.shards import ShardMap, stamp_at
 from memory_service.types import Conflict, Deleted, Document, DocumentInfo, MemoryInfo, MemorySpec, Page
 from memory_service.verbs import (

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster.options import layout_of
 from memory_service.errors import FotError, PermissionDenied, StaleMap, Unavailable
+from memory_service.places.remote import RemotePlace
 from memory_service.shards import Member, ShardMap
 from memory_service.verbs import GetShardMap, SetShardMap
 

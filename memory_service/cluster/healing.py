@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster.copying import CALL_S, Holding, copy, delete, holding, memories_at, owned, predates
 from memory_service.errors import NotFound
+from memory_service.places.remote import RemotePlace
 from memory_service.shards import Shard, ShardMap
 from memory_service.types import DocumentInfo, MemoryInfo
 from memory_service.verbs import CreateMemory, DeleteMemory

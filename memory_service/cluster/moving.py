@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster.copying import CALL_S, Holding, copy, delete, holding, memories_at
 from memory_service.errors import FotError, NotFound, Unavailable
+from memory_service.places.remote import RemotePlace
 from memory_service.shards import Shard, ShardMap
 from memory_service.types import MemoryInfo
 from memory_service.verbs import CreateMemory, DeleteMemory

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
-from memory_service.client.places import DIRECTORIES, Address, Tls
-from memory_service.client.remote import Line
 from memory_service.cluster.directory import Directory, Seeds
 from memory_service.cluster.options import ClusterOptions, cut_target, on_missing_of
 from memory_service.cluster.place import IMPATIENT, AsyncClusterPlace, ClusterPlace, Lines
 from memory_service.errors import InvalidArgument
+from memory_service.places.remote import Line
+from memory_service.places.targets import DIRECTORIES, Address, Tls
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from memory_service.client.places import Address, closed
-from memory_service.client.remote import AsyncRemotePlace, Line, RemotePlace
 from memory_service.cluster.directory import Directory
 from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.router import Router
 from memory_service.cluster.steps import Ask, First, Flow, NewMap, Pause, Step, Together
 from memory_service.errors import FotError
+from memory_service.places.place import closed
+from memory_service.places.remote import AsyncRemotePlace, Line, RemotePlace
+from memory_service.places.targets import Address
 from memory_service.verbs import Verb
 
 Answer = TypeVar("Answer")

@@ -1,4 +1,4 @@
-"""The steps of a call to a cluster, without I/O, as in `client.flows`: sync and async places share every rule."""
+"""The steps of a call to a cluster, without I/O, as in `places.flows`: sync and async places share every rule."""
 
 from __future__ import annotations
 

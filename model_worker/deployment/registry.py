@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster.directory import Note, members_of
 from memory_service.errors import DataLoss, Unavailable
+from memory_service.places.remote import RemotePlace
 from memory_service.shards import Member, Shard, ShardMap
 
 

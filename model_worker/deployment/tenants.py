@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from memory_service.client.places import Address, Tls
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster.place import IMPATIENT, Lines
 from memory_service.errors import InvalidArgument
+from memory_service.places.remote import RemotePlace
+from memory_service.places.targets import Address, Tls
 from model_worker.deployment.plan import Security
 
 _LINE = replace(IMPATIENT, patience_s=1.5)  # A process that does not answer may just be coming back.

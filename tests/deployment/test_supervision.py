@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from memory_service.client.places import Address
 from memory_service.cluster.place import Lines
 from memory_service.errors import DataLoss, Unavailable
+from memory_service.places.targets import Address
 from memory_service.shards import Shard, ShardMap
 from model_worker.deployment.heartbeat import Heartbeat
 from model_worker.deployment.memory_cluster import settings_of

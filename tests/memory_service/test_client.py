@@ -364,21 +364,22 @@ def certificate(directory: Path, name: str) -> tuple[Path, Path]:
 def test_tls_trusts_the_authority_it_is_given_and_shows_a_certificate_when_asked(tmp_path: Path) -> None:
     ours, our_key = certificate(tmp_path, "fot.example")
     mine, my_key = certificate(tmp_path, "worker.example")
+    refused = (Unavailable, DeadlineExceeded)  # The latter where the cores are too busy for a handshake a second.
     named = "fot.example"  # The service is at 127.0.0.1, for which its certificate does not speak.
     with serving(None, tls_certificate=ours, tls_key=our_key) as plain:
         target = plain.replace("grpc:", "grpcs:")
         with Memory.open(target, spec=SPEC, token="fot_any", tls=Tls(ca=ours, server_name=named)) as memory:
             memory.put("d", *drawn(3))
         for wrong in (Tls(ca=mine, server_name=named), Tls(ca=ours), None):
-            with pytest.raises(Unavailable, match="cannot be reached"):
+            with pytest.raises(refused):
                 Memory.open(target, tls=wrong, timeout_s=1.0)
-        with pytest.raises(Unavailable):
+        with pytest.raises(refused):
             Memory.open(plain, timeout_s=1.0)
     with serving(None, tls_certificate=ours, tls_key=our_key, tls_client_ca=mine) as plain:
         target = plain.replace("grpc:", "grpcs:")
         shown = Tls(ca=ours, certificate=mine, key=my_key, server_name=named)
         Memory.open(target, spec=SPEC, tls=shown).close()
-        with pytest.raises(Unavailable):
+        with pytest.raises(refused):
             Memory.open(target, tls=Tls(ca=ours, server_name=named), timeout_s=1.0)
 
 

@@ -26,7 +26,6 @@ from memory_service import (
     PermissionDenied,
     Unavailable,
 )
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.cluster.copying import memories_at
 from memory_service.cluster.directory import Directory, Seeds
@@ -36,6 +35,7 @@ from memory_service.cluster.opening import Reach
 from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.place import ClusterPlace, Lines
 from memory_service.errors import StaleMap, Superseded
+from memory_service.places.remote import RemotePlace
 from memory_service.server.auth import TokenFile
 from memory_service.shards import Shard, ShardMap, Stamps, stamp_at
 from memory_service.store.store import Store

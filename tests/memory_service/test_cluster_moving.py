@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from memory_service import Memory, NotFound
-from memory_service.client.remote import RemotePlace
 from memory_service.cluster import caretaker as caretaking
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.cluster.opening import Reach
 from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, StaleMap
+from memory_service.places.remote import RemotePlace
 from memory_service.shards import Shard, ShardMap
 from memory_service.verbs import GetDocument, GetShardMap, ListDocuments
 from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target

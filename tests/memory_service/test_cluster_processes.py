@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from memory_service import AlreadyExists, Coverage, Memory, NotFound, Unavailable
 from memory_service.cli.main import app
 from memory_service.client.connection import Connection
-from memory_service.client.remote import Line
 from memory_service.cluster.directory import Seeds, tell
 from memory_service.cluster.opening import Reach
 from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.place import ClusterPlace, Lines
+from memory_service.places.remote import Line
 from memory_service.shards import Shard, ShardMap
 from memory_service.types import Document
 from memory_service.verbs import GetDocument, ListDocuments, PutDocument

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from memory_service.client.flows import PATIENCE_S, Call, Connect, Send, Sleep, Step, flow_of
 from memory_service.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -20,6 +19,7 @@ from memory_service.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from memory_service.places.flows import PATIENCE_S, Call, Connect, Send, Sleep, Step, flow_of
 from memory_service.types import Document, DocumentInfo, Fingerprint, MemoryInfo, MemorySpec, Upload
 from memory_service.verbs import (
     AbortUpload,

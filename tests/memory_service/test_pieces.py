@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_service.client.payload import check_token_ids, missing_chunks, payload_bytes
 from memory_service.errors import InvalidArgument
 from memory_service.pieces import (
     Piece,
@@ -20,6 +19,7 @@ from memory_service.pieces import (
     join_top_tokens,
     plan,
 )
+from memory_service.places.payload import check_token_ids, missing_chunks, payload_bytes
 from memory_service.types import (
     Attended,
     AttendGroup,

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import grpc
 from grpc import aio
 
-from memory_service.client.flows import Call, Connect, Flow, Send, Sleep, Step, flow_of
-from memory_service.client.payload import missing_chunks
-from memory_service.client.places import Address, Tls, closed
 from memory_service.errors import FotError, InvalidArgument, Unavailable
+from memory_service.places.flows import Call, Connect, Flow, Send, Sleep, Step, flow_of
+from memory_service.places.payload import missing_chunks
+from memory_service.places.place import closed
+from memory_service.places.targets import Address, Tls
 from memory_service.verbs import Verb
 from memory_service.wire.chunks import encode_chunk
 from memory_service.wire.codec import EPOCH, RPCS, UPLOAD_CHUNKS, Rpc
