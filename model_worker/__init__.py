@@ -10,12 +10,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model_worker.answering import Answer, Answering, answer
-    from model_worker.encoding import Encoded, Encoder
+    from model_worker.answering.answers import Answer, Answering, answer
+    from model_worker.decoder.fitting import spec_of
+    from model_worker.decoder.model import FotModel
+    from model_worker.decoder.state import State
     from model_worker.errors import InputTooLong, UnsupportedModel
-    from model_worker.fitting import spec_of
-    from model_worker.intake import IngestReport
-    from model_worker.model import FotModel
+    from model_worker.ingestion.encoding import Encoded, Encoder
+    from model_worker.ingestion.intake import IngestReport
     from model_worker.positions.cream import Cream, Pose, RandomPositions
     from model_worker.positions.scaling import Scaling, scaled_config
     from model_worker.recall.tally import Tally
@@ -29,21 +30,20 @@ if TYPE_CHECKING:
         Recall,
         SelfExtend,
     )
-    from model_worker.state import State
     from model_worker.training.collator import Collator
 
 # Loaded when asked for: the commands that need no model start without transformers.
 _HOMES = {
-    "Answer": "answering",
-    "Answering": "answering",
+    "Answer": "answering.answers",
+    "Answering": "answering.answers",
     "Collator": "training.collator",
     "Cream": "positions.cream",
     "Cut": "settings",
-    "Encoded": "encoding",
-    "Encoder": "encoding",
+    "Encoded": "ingestion.encoding",
+    "Encoder": "ingestion.encoding",
     "FotConfig": "settings",
-    "FotModel": "model",
-    "IngestReport": "intake",
+    "FotModel": "decoder.model",
+    "IngestReport": "ingestion.intake",
     "InputTooLong": "errors",
     "LogitScaling": "settings",
     "MemoryPosition": "settings",
@@ -54,12 +54,12 @@ _HOMES = {
     "Recall": "settings",
     "Scaling": "positions.scaling",
     "SelfExtend": "settings",
-    "State": "state",
+    "State": "decoder.state",
     "Tally": "recall.tally",
     "UnsupportedModel": "errors",
-    "answer": "answering",
+    "answer": "answering.answers",
     "scaled_config": "positions.scaling",
-    "spec_of": "fitting",
+    "spec_of": "decoder.fitting",
 }
 
 __all__ = [

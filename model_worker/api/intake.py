@@ -12,10 +12,10 @@ from memory_service.errors import InvalidArgument, ResourceExhausted
 from memory_service.types import Scalar, check_document_id
 from model_worker.corpus import Source
 from model_worker.corpus.source import fitting
-from model_worker.encoding import Encoder
-from model_worker.ingest import ingest
-from model_worker.intake import IngestReport, settings_of
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
+from model_worker.ingestion.encoding import Encoder
+from model_worker.ingestion.ingest import ingest
+from model_worker.ingestion.intake import IngestReport, settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ import math
 from memory_service import ALL_DOCUMENTS, DocumentInfo, MemoryInfo
 from memory_service.errors import InvalidArgument
 from memory_service.types import Scalar
-from model_worker.answering import Sampling
+from model_worker.answering.answers import Sampling
 from model_worker.api.worker import Look
+from model_worker.recall.sources import TELLING, Sources, Telling
 from model_worker.serving.requests import Finish, Finished
-from model_worker.sources import TELLING, Sources, Telling
 from model_worker.v1 import model_worker_pb2 as pb
 
 NEW_TOKENS = 256  # Where a request does not say.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+from model_worker.recall.sources import Sources
 from model_worker.serving.requests import Finished
-from model_worker.sources import Sources
 
 JsonObject = dict[str, Any]
 

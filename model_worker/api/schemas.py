@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from memory_service import ALL_DOCUMENTS
 from memory_service.errors import InvalidArgument
-from model_worker.answering import Sampling
+from model_worker.answering.answers import Sampling
 from model_worker.api.worker import Look
-from model_worker.sources import Telling
+from model_worker.recall.sources import Telling
 
 # Say who asks or how it is billed: harmless whatever they are.
 _IGNORED = frozenset(

@@ -17,7 +17,7 @@ from model_worker.api.keys import Keys
 from model_worker.api.limits import Limits
 from model_worker.api.tenants import Tenants
 from model_worker.api.worker import Worker
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
 from model_worker.serving.batcher import Batcher
 from model_worker.serving.settings import BatchSettings
 from model_worker.settings import SelfExtend

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Protocol
 from memory_service import ALL_DOCUMENTS, Memory, ScopeLike
 from memory_service.errors import InvalidArgument, NotFound
 from memory_service.types import Identity
-from model_worker.answering import GREEDY, Sampling
+from model_worker.answering.answers import GREEDY, Sampling
 from model_worker.api.answers import Answer
 from model_worker.api.intake import Intake
 from model_worker.api.limits import Limits
 from model_worker.api.tenants import Tenants
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
+from model_worker.recall.sources import TELLING, Telling
 from model_worker.serving.requests import Generates, Request
 from model_worker.settings import Recall
-from model_worker.sources import TELLING, Telling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,10 +19,10 @@ from memory_service.errors import InvalidArgument
 from memory_service.types import IndexPolicy, OperationState
 from model_worker.bench.reference import Cache, Reference
 from model_worker.bench.subject import PLANTED_TOKENS, Mode, Quality, Setup
-from model_worker.fitting import spec_of
-from model_worker.model import FotModel
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
+from model_worker.decoder.state import State
 from model_worker.settings import Read
-from model_worker.state import State
 
 # Built when asked for, so that no background build takes the processor from what is measured.
 INDEXED_WHEN_ASKED = IndexPolicy(min_tokens=1 << 40)

@@ -28,9 +28,9 @@ from transformers import AutoTokenizer
 
 from memory_service.bench.harness import Figures, Progress, Result, row, say, scratch, served, show, single_threaded
 from model_worker import reference
-from model_worker.answering import answer, token_ids
-from model_worker.encoding import Encoder
-from model_worker.model import FotModel
+from model_worker.answering.answers import answer, token_ids
+from model_worker.decoder.model import FotModel
+from model_worker.ingestion.encoding import Encoder
 from model_worker.serving.batcher import Batcher
 from model_worker.serving.requests import Event, Failed, Request, Text
 from model_worker.serving.settings import BatchSettings

@@ -59,7 +59,7 @@ from model_worker.cli.prompts import (
     sampling_of,
 )
 from model_worker.cli.sources import show_sources, write_text
-from model_worker.passages import PASSAGE_TOKENS
+from model_worker.recall.passages import PASSAGE_TOKENS
 from model_worker.settings import LogitScaling
 
 
@@ -119,8 +119,8 @@ def ask(
         memory = opened.enter_context(open_documents(target, name, token_file, ca, insecure, recall))
 
         # Transformers takes seconds to import; what was wrong so far should not.
-        from model_worker.answering import answer, prompt_ids
-        from model_worker.sources import Telling
+        from model_worker.answering.answers import answer, prompt_ids
+        from model_worker.recall.sources import Telling
 
         tokenizer = load_tokenizer(model)
         prompt = prompt_ids(tokenizer, question, template)

@@ -39,7 +39,7 @@ from model_worker.cli.options import (
 )
 from model_worker.cli.prompts import TOP_K, Passages, PassageTokens, PromptFile, Template, open_documents, read_prompt
 from model_worker.cli.sources import percent
-from model_worker.passages import PASSAGE_TOKENS
+from model_worker.recall.passages import PASSAGE_TOKENS
 
 _KINDS = (".png", ".html")
 
@@ -98,7 +98,7 @@ def attention(
         memory = opened.enter_context(open_documents(target, name, token_file, ca, insecure, recall))
 
         # Transformers and matplotlib take seconds to import; what was wrong so far should not.
-        from model_worker.answering import prompt_ids
+        from model_worker.answering.answers import prompt_ids
         from model_worker.heatmap.grid import heat_map, observe
 
         tokenizer = load_tokenizer(model)

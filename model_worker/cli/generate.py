@@ -59,7 +59,7 @@ from model_worker.cli.prompts import (
     sampling_of,
 )
 from model_worker.cli.sources import show_sources, write_text
-from model_worker.passages import PASSAGE_TOKENS
+from model_worker.recall.passages import PASSAGE_TOKENS
 from model_worker.settings import LogitScaling
 
 
@@ -137,8 +137,8 @@ def generate(
             raise InvalidArgument("--document and --where need --memory")
 
         # Transformers takes seconds to import; what was wrong so far should not.
-        from model_worker.answering import answer, chat_ids, token_ids
-        from model_worker.sources import Telling
+        from model_worker.answering.answers import answer, chat_ids, token_ids
+        from model_worker.recall.sources import Telling
 
         tokenizer = load_tokenizer(model)
         ids = chat_ids(tokenizer, text) if chat else token_ids(tokenizer, text)

@@ -46,7 +46,7 @@ from model_worker.cli.progress import Progress
 from model_worker.corpus import BadBytes, Choice, Columns, Format, Reading, corpus_bytes
 
 if TYPE_CHECKING:
-    from model_worker.intake import IngestReport
+    from model_worker.ingestion.intake import IngestReport
 
 
 def ingest(

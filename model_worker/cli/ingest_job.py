@@ -19,8 +19,8 @@ from model_worker.corpus import Choice, Notes, Reading, places, read
 if TYPE_CHECKING:
     from memory_service import DocumentInfo, DType, Memory
     from memory_service.types import MemoryInfo, Scalar
-    from model_worker.ingest import Parts
-    from model_worker.intake import IngestReport
+    from model_worker.ingestion.ingest import Parts
+    from model_worker.ingestion.intake import IngestReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Opening:
     def parts(self, stack: ExitStack, on_block: Callable[[int], None]) -> Parts:
         """Everything, closed with the stack; the memory is made if there is none."""
         # Transformers takes seconds to import; a wrong path should not.
-        from model_worker.encoding import Encoder
-        from model_worker.ingest import Parts
+        from model_worker.ingestion.encoding import Encoder
+        from model_worker.ingestion.ingest import Parts
 
         tokenizer = load_tokenizer(Path(self.model))
         memory = find_memory(self.target, self.name, self.token, self.ca, self.insecure)
@@ -93,8 +93,8 @@ class Job:
 
     def run_here(self, progress: Progress) -> tuple[IngestReport, MemoryInfo]:
         """In this process: what was done, and the memory after it."""
-        from model_worker.ingest import ingest
-        from model_worker.intake import settings_of
+        from model_worker.ingestion.ingest import ingest
+        from model_worker.ingestion.intake import settings_of
 
         notes, reading = Notes(), self.reading
         with ExitStack() as opened:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from memory_service import Memory, MemorySpec, Tls
-    from model_worker.model import FotModel
+    from model_worker.decoder.model import FotModel
 
 IN_MEMORY = ":memory:"
 PATIENCE_S = 60.0  # Of every call to the memory that has no time of its own.
@@ -74,8 +74,8 @@ def load_model(
     import torch
 
     from memory_service import Memory
-    from model_worker.fitting import spec_of
-    from model_worker.model import FotModel
+    from model_worker.decoder.fitting import spec_of
+    from model_worker.decoder.model import FotModel
 
     quiet()
     if threads is not None:

@@ -75,7 +75,7 @@ class Opening:
         """The checkpoint's model, and what it says of its memory."""
         import torch
 
-        from model_worker.fitting import config_of
+        from model_worker.decoder.fitting import config_of
         from model_worker.hf import checkpoint
 
         quiet()

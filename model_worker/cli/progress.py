@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from model_worker.cli.console import counted
 
 if TYPE_CHECKING:
-    from model_worker.intake import IngestReport
+    from model_worker.ingestion.intake import IngestReport
 
 LINE_S = 10.0  # Between two lines.
 
@@ -22,7 +22,7 @@ class Progress:
     """Shows documents, tokens, tokens/s and, if `total_bytes` of the corpus are known, the time left."""
 
     def __init__(self, total_bytes: int | None):
-        from model_worker.intake import IngestReport
+        from model_worker.ingestion.intake import IngestReport
 
         self.report: IngestReport = IngestReport()
         self.begun = False  # Whether the ingest has said anything.

@@ -15,7 +15,7 @@ from model_worker.settings import Recall
 
 if TYPE_CHECKING:
     from memory_service import Memory, Scope
-    from model_worker.answering import Sampling
+    from model_worker.answering.answers import Sampling
 
 TOP_K = 32
 
@@ -50,7 +50,7 @@ def read_prompt(prompt: str | None, file: Path | None = None) -> str:
 
 def sampling_of(temperature: float, top_p: float, top_k: int, repetition_penalty: float, seed: int | None) -> Sampling:
     """How the next token is chosen. Raises InvalidArgument for options that would change nothing."""
-    from model_worker.answering import Sampling
+    from model_worker.answering.answers import Sampling
 
     if not temperature and (top_p != 1 or top_k or seed is not None):
         raise InvalidArgument("--top-p, --sample-top-k and --seed are for sampling: give a --temperature above 0")

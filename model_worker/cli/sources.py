@@ -14,8 +14,8 @@ from rich.table import Table
 from model_worker.cli.console import counted, say
 
 if TYPE_CHECKING:
-    from model_worker.answering import Answer
-    from model_worker.sources import PassageMass, Sources
+    from model_worker.answering.answers import Answer
+    from model_worker.recall.sources import PassageMass, Sources
 
 _WORDS = 100  # Letters of a passage in the table.
 _UNWATCHED_COLUMNS = 1000

@@ -2,7 +2,7 @@
 
 Contenders, taken in turns, each with the same documents, the same model and one thread:
 
-    plain      `model_worker.ingest.ingest` in this process
+    plain      `model_worker.ingestion.ingest.ingest` in this process
     1 worker   the same documents through one worker on a Ray of this machine
     2 workers  through two
 
@@ -28,14 +28,14 @@ from memory_service.bench.harness import Progress, Result, ratio, row, say, scra
 from memory_service.errors import Internal
 from model_worker.bench.geometry import QUICK, Geometry
 from model_worker.corpus import Notes, Reading, Source
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.deployment.ingest import IngestWorker, fill, in_batches
 from model_worker.deployment.pool import Crew, Pool
 from model_worker.deployment.runtime import Cluster, connect
-from model_worker.encoding import Encoder
-from model_worker.fitting import spec_of
-from model_worker.ingest import Parts, ingest
-from model_worker.intake import IngestReport, Ledger, settings_of
-from model_worker.model import FotModel
+from model_worker.ingestion.encoding import Encoder
+from model_worker.ingestion.ingest import Parts, ingest
+from model_worker.ingestion.intake import IngestReport, Ledger, settings_of
 
 LAYER = 4
 DOCUMENTS, TOKENS = 160, 2048  # A third of a million tokens.

@@ -25,13 +25,13 @@ from memory_service.errors import InvalidArgument
 from model_worker.corpus import Choice, Note, Notes, Reading, Source
 from model_worker.corpus.files import Found, find
 from model_worker.corpus.reader import ROWS, read, twice
+from model_worker.decoder.fitting import check_spec
 from model_worker.deployment.pool import Crew, Pool
 from model_worker.deployment.runtime import Cluster
 from model_worker.deployment.worker import Tell
-from model_worker.encoding import Encoded
-from model_worker.fitting import check_spec
-from model_worker.ingest import Parts, store
-from model_worker.intake import Fate, IngestReport, Intake, Ledger, settings_of
+from model_worker.ingestion.encoding import Encoded
+from model_worker.ingestion.ingest import Parts, store
+from model_worker.ingestion.intake import Fate, IngestReport, Intake, Ledger, settings_of
 
 # Of a batch: some blocks of windows, so that windows of one length meet; and few enough that none is long done again.
 BATCH_BYTES = 64 << 10
@@ -127,7 +127,8 @@ def ingest(
     on_progress: Callable[[IngestReport], None] = lambda _: None,
     on_tokens: Callable[[int], None] = lambda _: None,
 ) -> IngestReport:
-    """Store every document that the memory does not hold as it would be stored now, as `model_worker.ingest.ingest`.
+    """Store every document that the memory does not hold as it would be stored now, as
+    `ingestion.ingest` does.
 
     `memory` opens it here, for pruning, once the workers have. `on_tokens` hears of encoded tokens, `on_progress` how
     far it is; both in this thread. Raises as that, and as `Pool.run`.

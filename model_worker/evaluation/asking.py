@@ -19,13 +19,13 @@ from torch import Tensor
 from memory_service import Engine
 from memory_service.client import Client
 from memory_service.errors import InvalidArgument
-from model_worker.encoding import Encoder
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.evaluation.memories import Watched, built_index, fresh_memory, index_policy
 from model_worker.evaluation.trials import Asked, Question
-from model_worker.fitting import spec_of
-from model_worker.model import FotModel
+from model_worker.ingestion.encoding import Encoder
+from model_worker.ingestion.uploads import Outgoing, Uploads
 from model_worker.settings import FotConfig, Read, Recall
-from model_worker.uploads import Outgoing, Uploads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,13 +23,13 @@ from memory_service import Engine
 from memory_service.client import Client
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.index.factories import PARAMS, check_params, choose_factory, estimate_bytes, parse_factory
+from model_worker.decoder.fitting import spec_of
 from model_worker.evaluation import dictionary_scores as scores
 from model_worker.evaluation.dictionary_memory import PATIENCE_S, Library, Player, free_bytes, library, peak_bytes
 from model_worker.evaluation.dictionary_scores import Found
 from model_worker.evaluation.dictionary_world import Questions, World
 from model_worker.evaluation.place import Place
 from model_worker.evaluation.report import Column, Report, nbytes, percent, size
-from model_worker.fitting import spec_of
 from model_worker.settings import Recall
 from model_worker.tasks import dictionary as task
 

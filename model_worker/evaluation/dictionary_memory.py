@@ -31,16 +31,16 @@ from memory_service.client import Client
 from memory_service.client.arguments import DENSE
 from memory_service.client.scopes import ScopeLike
 from memory_service.errors import InvalidArgument
-from model_worker.encoding import Encoder
+from model_worker.decoder.fitting import config_of, spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.evaluation.dictionary_scores import NOWHERE, Found
 from model_worker.evaluation.dictionary_world import Questions, World
 from model_worker.evaluation.memories import fresh_memory, index_policy
-from model_worker.fitting import config_of, spec_of
 from model_worker.hf import checkpoint
-from model_worker.model import FotModel
+from model_worker.ingestion.encoding import Encoder
+from model_worker.ingestion.uploads import Outgoing, Uploads
 from model_worker.settings import FotConfig, Read, Recall
 from model_worker.tasks import dictionary as task
-from model_worker.uploads import Outgoing, Uploads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -31,18 +31,18 @@ from memory_service import (
     ScopeLike,
     Stats,
 )
-from model_worker.encoding import Encoder
+from model_worker.decoder.fitting import config_of, spec_of
+from model_worker.decoder.inputs import padded
+from model_worker.decoder.model import FotModel
+from model_worker.decoder.steps import LoadStep, Piece
 from model_worker.evaluation.haystacks import Cloze
 from model_worker.evaluation.memories import Watched, built_index, fresh_memory, index_policy
 from model_worker.evaluation.place import Place
-from model_worker.fitting import config_of, spec_of
 from model_worker.hf import checkpoint
 from model_worker.hf.decoder import Filled
-from model_worker.inputs import padded
-from model_worker.model import FotModel
+from model_worker.ingestion.encoding import Encoder
 from model_worker.recall.reader import Promise
 from model_worker.settings import FotConfig, Read, Recall
-from model_worker.steps import LoadStep, Piece
 from model_worker.tasks.tokens import Tokenizer, tokens_of
 
 if TYPE_CHECKING:

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from memory_service import Memory, MemoryInfo
 from memory_service.errors import InvalidArgument
-from model_worker.passages import PASSAGE_TOKENS, Passage, passage_at, passage_count
+from model_worker.recall.passages import PASSAGE_TOKENS, Passage, passage_at, passage_count
+from model_worker.recall.sources import PassageMass, Sources, Telling, listened, sources_of
 from model_worker.recall.tally import UNTOLD, WINDOW, Floats, Tally, is_session
 from model_worker.settings import Recall
-from model_worker.sources import PassageMass, Sources, Telling, listened, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from model_worker.model import FotModel
+    from model_worker.decoder.model import FotModel
 
 
 class Cell(NamedTuple):

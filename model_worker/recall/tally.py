@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memory_service import Attended, Attribution, Coverage, Measured
-from model_worker.passages import PASSAGE_TOKENS, check_passage_tokens
+from model_worker.recall.passages import PASSAGE_TOKENS, check_passage_tokens
 from model_worker.settings import Read
 
 Integers = NDArray[np.int64]

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from memory_service import InvalidArgument, SessionExpired, Unavailable
 from memory_service.errors import ResourceExhausted
-from model_worker.fitting import check_spec
-from model_worker.model import FotModel
+from model_worker.decoder.fitting import check_spec
+from model_worker.decoder.model import FotModel
+from model_worker.decoder.state import State
 from model_worker.recall.line import Line
 from model_worker.serving.conversations import Conversations
 from model_worker.serving.goodbyes import Goodbyes
@@ -32,7 +33,6 @@ from model_worker.serving.load import Load, Rate
 from model_worker.serving.readers import Readers
 from model_worker.serving.requests import Event, Finish, Request, Ticket
 from model_worker.serving.settings import BatchSettings
-from model_worker.state import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

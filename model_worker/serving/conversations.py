@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from memory_service import Memory
+from model_worker.decoder.state import State
 from model_worker.recall.line import manner_of
 from model_worker.serving.job import Job
 from model_worker.serving.requests import Request
-from model_worker.state import State
 
 Name = tuple[Memory | None, str]  # A memory is its own identity: nothing is ever shared between two.
 

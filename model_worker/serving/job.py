@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from memory_service import Memory
-from model_worker.feeding import Slice
-from model_worker.model import FotModel
+from model_worker.answering.writing import Stops, Writer
+from model_worker.decoder.feeding import Slice
+from model_worker.decoder.model import FotModel
+from model_worker.decoder.state import State
 from model_worker.recall.reader import Reader
+from model_worker.recall.sources import Sources, listened, sources_of
 from model_worker.recall.tally import Tally
 from model_worker.serving.requests import Event, Failed, Finish, Finished, Request, Text
 from model_worker.settings import Recall
-from model_worker.sources import Sources, listened, sources_of
-from model_worker.state import State
-from model_worker.writing import Stops, Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

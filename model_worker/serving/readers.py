@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from memory_service import Memory
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
 from model_worker.recall.reader import Reader
 
 

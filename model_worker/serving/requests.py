@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Protocol
 
 from memory_service import Memory
-from model_worker.answering import GREEDY, Sampling
+from model_worker.answering.answers import GREEDY, Sampling
+from model_worker.recall.sources import TELLING, Sources, Telling
 from model_worker.settings import Recall
-from model_worker.sources import TELLING, Sources, Telling
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from memory_service.errors import InvalidArgument
+from model_worker.decoder.fitting import config_of, spec_of, try_out
 from model_worker.errors import UnsupportedModel
-from model_worker.fitting import config_of, spec_of, try_out
 from model_worker.hf import checkpoint
 from model_worker.hf.decoder import Decoder
 from model_worker.hf.fingerprint import weights_digest

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.process.allocator import keep_freed_memory
-from model_worker.fitting import policies_of
+from model_worker.decoder.fitting import policies_of
 from model_worker.hf.decoder import Decoder
 from model_worker.training import snapshots
 from model_worker.training.batches import source_of

@@ -23,8 +23,8 @@ from model_worker.corpus.source import Note
 from model_worker.deployment.ingest import Corpus, IngestWorker, batches_of, ingest
 from model_worker.deployment.pool import Crew
 from model_worker.deployment.runtime import connect
-from model_worker.ingest import ingest as ingest_here
-from model_worker.intake import IngestReport, settings_of
+from model_worker.ingestion.ingest import ingest as ingest_here
+from model_worker.ingestion.intake import IngestReport, settings_of
 from tests.deployment.nodes import ROOT, RayNodes
 from tests.model_worker.tiny import save_tiny_llama
 

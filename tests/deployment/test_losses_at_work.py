@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from model_worker import reference
 from model_worker.cli.ingest_job import Opening
-from model_worker.intake import IngestReport
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
+from model_worker.ingestion.intake import IngestReport
 from model_worker.settings import Recall
 from tests.deployment.nodes import RayNodes
 from tests.deployment.test_ingest import counts, documents, plain

@@ -16,8 +16,8 @@ from memory_service import Memory
 from memory_service.cli import main
 from model_worker.cli.opening import load_tokenizer
 from model_worker.cli.sources import write_text
-from model_worker.encoding import Encoder
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
+from model_worker.ingestion.encoding import Encoder
 from tests.memory_service.places import QUIET, serving
 from tests.model_worker.tiny import save_tiny_llama
 

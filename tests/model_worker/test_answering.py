@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memory_service import DType, Memory, NotFound
 from memory_service.errors import InvalidArgument
-from model_worker.answering import (
+from model_worker.answering.answers import (
     Answer,
     Answering,
     Sampling,
@@ -21,10 +21,10 @@ from model_worker.answering import (
     prompt_ids,
     token_ids,
 )
-from model_worker.model import FotModel, spec_of
+from model_worker.decoder.model import FotModel, spec_of
+from model_worker.recall.sources import Telling, listened, sources_of
 from model_worker.recall.tally import Tally
 from model_worker.settings import FotConfig, Read, Recall
-from model_worker.sources import Telling, listened, sources_of
 from tests.model_worker.tiny import byte_tokenizer, tiny_model
 
 FOT = FotConfig(mem_layers=(1, 2), window=48, last_context_length=24, mem_dtype=DType.F32)

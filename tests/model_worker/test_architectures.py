@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memory_service import DType, Memory
-from model_worker.model import FotModel, spec_of
+from model_worker.decoder.model import FotModel, spec_of
 from model_worker.settings import FotConfig, SelfExtend
 from tests.model_worker.oracle import expected
 from tests.model_worker.texts import padded, text

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from memory_service import DType, Memory
 from memory_service.bench.harness import served
 from model_worker.bench.reference import Reference
-from model_worker.model import FotModel, spec_of
+from model_worker.decoder.model import FotModel, spec_of
 from model_worker.settings import Cut, FotConfig, Overflow, SelfExtend
 from tests.model_worker.oracle import expected
 from tests.model_worker.texts import padded, text

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from memory_service import DType, Memory
 from memory_service.errors import InvalidArgument
+from model_worker.decoder.fitting import policies_of, spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.errors import UnsupportedModel
-from model_worker.fitting import policies_of, spec_of
 from model_worker.hf.decoder import Decoder
-from model_worker.model import FotModel
 from model_worker.settings import FotConfig, MemoryPosition, SelfExtend
 from model_worker.training.cross_batch import CrossBatchStep
 from model_worker.training.reads import Reads, released

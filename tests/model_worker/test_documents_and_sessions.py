@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memory_service import ALL_DOCUMENTS, Attended, Coverage, DType, Memory, Scope, Unavailable
-from model_worker.model import FotModel, spec_of
+from model_worker.decoder.model import FotModel, spec_of
 from model_worker.settings import FotConfig, Read, Recall
 from tests.model_worker import oracle
 from tests.model_worker.texts import text

@@ -20,10 +20,10 @@ from transformers import LlamaForCausalLM
 
 from memory_service import Memory
 from memory_service.bench.harness import served
+from model_worker.decoder.model import FotModel, spec_of
+from model_worker.decoder.state import State
 from model_worker.hf.longllama import fot_fields, llama_config
-from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig
-from model_worker.state import State
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 PLACES = ("in process", "grpc")

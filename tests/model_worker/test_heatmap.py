@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memory_service import DType, Memory
 from memory_service.errors import InvalidArgument
+from model_worker.decoder.model import FotModel, spec_of
 from model_worker.heatmap.colours import grey, ink, percent, shade
 from model_worker.heatmap.grid import HeatMap, heat_map, observe
 from model_worker.heatmap.page import page
 from model_worker.heatmap.picture import Columns, picture, save_picture
 from model_worker.heatmap.words import facts, readers, shares, shortened, visible
-from model_worker.model import FotModel, spec_of
 from model_worker.recall.tally import Tally
 from model_worker.settings import FotConfig, Recall
 from tests.model_worker.tiny import byte_tokenizer, tiny_model

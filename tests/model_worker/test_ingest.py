@@ -25,12 +25,12 @@ from memory_service import (
 )
 from memory_service.types import Scalar
 from model_worker.corpus import Note, Notes, Source, read
-from model_worker.encoding import Encoded, Encoder
-from model_worker.ingest import ingest
-from model_worker.intake import CONTENT, IngestReport, settings_of
-from model_worker.model import FotModel
-from model_worker.passages import text_of
-from model_worker.uploads import Outgoing, Uploads
+from model_worker.decoder.model import FotModel
+from model_worker.ingestion.encoding import Encoded, Encoder
+from model_worker.ingestion.ingest import ingest
+from model_worker.ingestion.intake import CONTENT, IngestReport, settings_of
+from model_worker.ingestion.uploads import Outgoing, Uploads
+from model_worker.recall.passages import text_of
 from tests.model_worker.tiny import byte_tokenizer, save_tiny_llama
 
 SPEC = MemorySpec(Fingerprint("fake"), layers=(1, 3), kv_heads=2, head_dim=8, dtype=DType.F32)

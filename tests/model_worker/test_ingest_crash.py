@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from memory_service import Memory
 from memory_service.cli import app
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
 from model_worker.settings import Read, Recall
 from tests.model_worker.tiny import byte_tokenizer, save_tiny_llama
 

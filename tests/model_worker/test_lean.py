@@ -15,19 +15,19 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from memory_service import DType, Memory, Partial
-from model_worker import loading
 from model_worker.attention import strips
 from model_worker.attention.room import Room
+from model_worker.decoder import loading
+from model_worker.decoder.loading import cut, load
+from model_worker.decoder.model import FotModel, policies_of, spec_of
+from model_worker.decoder.steps import Piece
 from model_worker.hf import lean
 from model_worker.hf.crew import Crew
 from model_worker.hf.decoder import Decoder
 from model_worker.hf.lean import lean_of
-from model_worker.loading import cut, load
-from model_worker.model import FotModel, policies_of, spec_of
 from model_worker.positions.rope import Rope, rotate
 from model_worker.recall.reader import Promise
 from model_worker.settings import FotConfig, SelfExtend
-from model_worker.steps import Piece
 from tests.model_worker import oracle
 from tests.model_worker.test_architectures import LLAMA3, YARN
 from tests.model_worker.texts import padded, text

@@ -20,14 +20,14 @@ from memory_service.cli import main
 from memory_service.errors import InvalidArgument
 from model_worker.cli.options import sizes_of
 from model_worker.cli.passkey_progress import PasskeyProgress
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.evaluation import asking, passkey
 from model_worker.evaluation.asking import Asking, MemoryAsker, Store
 from model_worker.evaluation.memories import Watched, fresh_memory
 from model_worker.evaluation.passkey import Plan, run, shares
 from model_worker.evaluation.questions import DISTRACTOR_TOKENS, Wording
 from model_worker.evaluation.trials import Asked, Question, bands_of, trials_of
-from model_worker.fitting import spec_of
-from model_worker.model import FotModel
 from model_worker.settings import FotConfig, Recall
 from model_worker.tasks.landmark import DESCRIPTION, FILLER
 from model_worker.tasks.tokens import Tokenizer, tokens_of

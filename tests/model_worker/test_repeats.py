@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model_worker import loading
+from model_worker.decoder import loading
+from model_worker.decoder.repeats import Repeats
 from model_worker.hf.lean import Lean
-from model_worker.repeats import Repeats
 from tests.model_worker.test_lean import FOT, attached, check_same, made, ordinarily, pieces_of, stored
 from tests.model_worker.texts import text
 

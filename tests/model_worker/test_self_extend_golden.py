@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
 from model_worker.settings import FotConfig, LogitScaling, SelfExtend
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memory_service import DType, InvalidArgument, Memory, NotFound, SessionExpired, Unavailable, WrongModel
 from memory_service.errors import FotError, ResourceExhausted
-from model_worker.answering import Answer, Sampling, answer
-from model_worker.fitting import spec_of
-from model_worker.model import FotModel
+from model_worker.answering.answers import Answer, Sampling, answer
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.serving.batcher import Batcher
 from model_worker.serving.load import Load
 from model_worker.serving.requests import Event, Failed, Finish, Finished, Request, Text, Ticket

@@ -12,8 +12,8 @@ from memory_service.errors import FotError
 from memory_service.server.server import running
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store.store import Store
-from model_worker.fitting import spec_of
-from model_worker.model import FotModel
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.serving.batcher import Batcher
 from model_worker.serving.requests import Request
 from model_worker.settings import Recall

@@ -9,12 +9,12 @@ import torch
 
 from memory_service import Client
 from model_worker import reference
+from model_worker.decoder.fitting import config_of
 from model_worker.evaluation import dictionary, lookup, passkey
 from model_worker.evaluation.asking import Asking, MemoryAsker
 from model_worker.evaluation.dictionary_memory import Player
 from model_worker.evaluation.passkey import Plan
 from model_worker.evaluation.subject import Subject
-from model_worker.fitting import config_of
 from model_worker.hf import checkpoint
 from model_worker.settings import FotConfig
 from model_worker.tasks.tokens import tokens_of

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from memory_service import Attended, Coverage, DType, Fingerprint, Measured, Memory, MemorySpec, Partial, merge
 from memory_service.errors import InvalidArgument
-from model_worker.passages import Passage, passage_at, passage_count
 from model_worker.recall import tally as module
+from model_worker.recall.passages import Passage, passage_at, passage_count
 from model_worker.recall.tally import UNTOLD, WINDOW, Tally, is_session
 from model_worker.settings import Read
 

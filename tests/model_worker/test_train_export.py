@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from memory_service.errors import InvalidArgument
-from model_worker.model import FotModel
+from model_worker.decoder.model import FotModel
 from model_worker.settings import FotConfig
 from model_worker.training import card, curves, metrics, record, snapshots
 from model_worker.training.card import Score

@@ -19,10 +19,10 @@ from transformers import LlamaForCausalLM
 from memory_service import DType, Fingerprint, Memory, MemorySpec, Partial, merge
 from model_worker.attention import local
 from model_worker.attention.joint import joint, shares
-from model_worker.fitting import policies_of, spec_of
+from model_worker.decoder.fitting import policies_of, spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.hf.decoder import Decoder
 from model_worker.hf.longllama import MODEL_TYPE, fot_fields, llama_config
-from model_worker.model import FotModel
 from model_worker.positions.rope import Rope, rotate
 from model_worker.settings import FotConfig
 from model_worker.training import reads

@@ -21,7 +21,7 @@ from model_worker.cli import options
 from model_worker.cli.opening import load_model, load_tokenizer
 from model_worker.cli.progress import Progress
 from model_worker.corpus import Source
-from model_worker.intake import IngestReport
+from model_worker.ingestion.intake import IngestReport
 from model_worker.settings import LogitScaling, SelfExtend
 from tests.memory_service.places import serving
 from tests.model_worker.tiny import save_tiny, save_tiny_llama

@@ -45,9 +45,9 @@ from memory_service import (
     Unavailable,
     WrongModel,
 )
-from memory_service.client import flows
+from memory_service.places import flows
+from model_worker.decoder.model import FotModel, spec_of
 from model_worker.errors import InputTooLong, UnsupportedModel
-from model_worker.model import FotModel, spec_of
 from model_worker.settings import FotConfig, MemoryPosition, Recall, SelfExtend
 from tests.model_worker.texts import text
 from tests.model_worker.tiny import save_tiny, tiny_config, tiny_model

@@ -26,8 +26,8 @@ from model_worker.api.server import Addresses, Server
 from model_worker.api.tenants import Tenants
 from model_worker.api.worker import Worker
 from model_worker.cli.opening import load_tokenizer
-from model_worker.fitting import spec_of
-from model_worker.model import FotModel
+from model_worker.decoder.fitting import spec_of
+from model_worker.decoder.model import FotModel
 from model_worker.serving.batcher import Batcher
 from model_worker.settings import FotConfig
 from model_worker.tasks.landmark import FILLER

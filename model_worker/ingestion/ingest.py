@@ -12,10 +12,10 @@ from torch import Tensor
 from memory_service import DocumentInfo, Memory, MemorySpec
 from memory_service.types import Scalar
 from model_worker.corpus import Notes, Source
-from model_worker.encoding import Encoded, Encoder
-from model_worker.fitting import check_spec
-from model_worker.intake import Fate, IngestReport, Intake, Ledger, Verdict
-from model_worker.uploads import Outgoing, Uploads
+from model_worker.decoder.fitting import check_spec
+from model_worker.ingestion.encoding import Encoded, Encoder
+from model_worker.ingestion.intake import Fate, IngestReport, Intake, Ledger, Verdict
+from model_worker.ingestion.uploads import Outgoing, Uploads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from memory_service import Attended, Partial, merge
 from model_worker.attention import grouped, local
+from model_worker.decoder.window import Window
 from model_worker.hf.decoder import Call, Filled
 from model_worker.positions.policy import Policy
 from model_worker.recall.reader import Promise
-from model_worker.window import Window
 
 
 @dataclass(frozen=True, slots=True)

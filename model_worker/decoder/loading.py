@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from memory_service import Attended, Partial, Scope, SessionScope
 from memory_service.types import SessionAppend
 from model_worker.attention.room import Room
+from model_worker.decoder.repeats import Repeats
+from model_worker.decoder.steps import LoadStep, Piece, Store, spread
 from model_worker.hf.crew import Crew
 from model_worker.hf.decoder import Decoder
 from model_worker.hf.lean import Lean, lean_of
 from model_worker.positions.policy import Policy
 from model_worker.recall.reader import Promise, Reader, whole_scope
 from model_worker.recall.rows import Row, Rows, Stretch
-from model_worker.repeats import Repeats
 from model_worker.settings import FotConfig, Recall
-from model_worker.steps import LoadStep, Piece, Store, spread
 
 OnLogits = Callable[[Piece, Tensor], None]
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from memory_service import Memory, MemorySpec, Partial
 from memory_service.errors import InvalidArgument
-from model_worker.loading import SessionStore, cut, load
-from model_worker.model import LEASE_S, FotModel
+from model_worker.decoder.loading import SessionStore, cut, load
+from model_worker.decoder.model import LEASE_S, FotModel
+from model_worker.decoder.steps import Piece
 from model_worker.recall.reader import Promise, Reader
 from model_worker.recall.rows import Rows
 from model_worker.settings import Recall
-from model_worker.steps import Piece
 
 OVERLAP = 32  # Tokens. A passkey cut in two by a window border is then seen whole by one window.
 _AHEAD = 4  # Blocks of documents looked at together, so that windows of one length meet.

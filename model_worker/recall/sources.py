@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from memory_service import Memory, NotFound
 from memory_service.errors import InvalidArgument
-from model_worker.passages import PASSAGE_TOKENS, check_passage_tokens, passage_at, passage_text, text_of
+from model_worker.recall.passages import PASSAGE_TOKENS, check_passage_tokens, passage_at, passage_text, text_of
 from model_worker.recall.tally import UNTOLD, WINDOW, Masses, Tally, is_session
 from model_worker.settings import Read, Recall
 

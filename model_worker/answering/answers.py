@@ -22,15 +22,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from memory_service.errors import InvalidArgument
+from model_worker.answering.writing import Writer
+from model_worker.recall.sources import TELLING, Sources, Telling, listened, sources_of
 from model_worker.recall.tally import Tally
 from model_worker.settings import Recall
-from model_worker.sources import TELLING, Sources, Telling, listened, sources_of
-from model_worker.writing import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from model_worker.model import FotModel
+    from model_worker.decoder.model import FotModel
 
 QUESTION = "{question}"  # Where a template takes the question.
 

@@ -21,7 +21,7 @@ from memory_service import AlreadyExists, Compare, Condition, DocumentInfo, Memo
 from memory_service.types import Scalar
 from model_worker.corpus import LeftOut, Note, Notes, Source, token_ids, tokenizer_digest
 from model_worker.corpus.source import RESERVED_PREFIX
-from model_worker.encoding import Encoder
+from model_worker.ingestion.encoding import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

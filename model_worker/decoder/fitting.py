@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memory_service import DType, IndexPolicy, InvalidArgument, Memory, MemorySpec
+from model_worker.decoder.state import State
+from model_worker.decoder.steps import WindowStep
+from model_worker.decoder.window import Window
 from model_worker.errors import UnsupportedModel
 from model_worker.hf.decoder import Decoder
 from model_worker.hf.fingerprint import fingerprint
 from model_worker.positions.policy import Policy
 from model_worker.positions.self_extend import advice, check_reach
 from model_worker.settings import Cut, FotConfig, Overflow, Recall, SelfExtend
-from model_worker.state import State
-from model_worker.steps import WindowStep
-from model_worker.window import Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

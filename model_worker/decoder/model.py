@@ -21,15 +21,15 @@ from transformers.generation import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memory_service import FailedPrecondition, IndexPolicy, InvalidArgument, Memory, MemorySpec
-from model_worker.feeding import Feeder, Slice
-from model_worker.fitting import check_fit, check_spec, config_of, policies_of, spec_for, spec_of, try_out
+from model_worker.decoder.feeding import Feeder, Slice
+from model_worker.decoder.fitting import check_fit, check_spec, config_of, policies_of, spec_for, spec_of, try_out
+from model_worker.decoder.inputs import checked, unseen
+from model_worker.decoder.state import State
+from model_worker.decoder.window import Window
 from model_worker.hf import checkpoint
 from model_worker.hf.decoder import Decoder
-from model_worker.inputs import checked, unseen
 from model_worker.recall.reader import Reader
 from model_worker.settings import FotConfig, Recall
-from model_worker.state import State
-from model_worker.window import Window
 
 LEASE_S = 3600.0
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from memory_service import Attended, FotError, Memory, Partial, Scope
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.types import SessionAppend
+from model_worker.decoder.steps import spread
+from model_worker.decoder.window import Window
 from model_worker.errors import InputTooLong
 from model_worker.recall.line import Line
 from model_worker.recall.reader import Promise, Reader, uncovered, whole_scope
 from model_worker.recall.rows import Rows
 from model_worker.settings import Cut, FotConfig, Overflow, Read, Recall
-from model_worker.steps import spread
-from model_worker.window import Window
 
 
 class State:

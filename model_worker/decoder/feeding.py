@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model_worker.decoder.inputs import padded
+from model_worker.decoder.loading import SessionStore, cut, load
+from model_worker.decoder.state import State
+from model_worker.decoder.steps import Piece, WindowStep
 from model_worker.hf.decoder import Decoder
-from model_worker.inputs import padded
-from model_worker.loading import SessionStore, cut, load
 from model_worker.positions.policy import Policy
 from model_worker.positions.self_extend import reach
 from model_worker.settings import Cut, FotConfig
-from model_worker.state import State
-from model_worker.steps import Piece, WindowStep
 
 
 class Slice(NamedTuple):

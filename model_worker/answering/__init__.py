@@ -1,0 +1,1 @@
+"""Text as it comes, then its sources."""

@@ -1,0 +1,1 @@
+"""A corpus into a memory: found, encoded, stored, each document once."""
