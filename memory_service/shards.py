@@ -56,6 +56,11 @@ class ShardMap:
         return max(len(shard.addresses) for shard in self.shards)
 
     @property
+    def everyone(self) -> tuple[Shard, ...]:
+        """The shards of both layouts, each once."""
+        return tuple({shard.id: shard for shard in (*self.also, *self.shards)}.values())
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         """Every process, of both layouts, once."""
         both = (*self.shards, *self.also)

@@ -10,7 +10,8 @@ import typer
 from memory_service.cli.console import TARGET, Ca, Insecure, Json, Target, TokenFile, print_json, print_table, say, size
 
 if TYPE_CHECKING:
-    from memory_service.cluster.caretaker import Caretaker, ClusterStatus, ReplicaStatus
+    from memory_service.cluster.caretaker import Caretaker
+    from memory_service.cluster.status import ClusterStatus, ReplicaStatus
 
 
 def status(

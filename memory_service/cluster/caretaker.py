@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Self
 
 from memory_service.cluster import moving
-from memory_service.cluster.copying import holding, memories_at
-from memory_service.cluster.directory import Directory, Note, members_of, tell
-from memory_service.cluster.healing import Healed, differences, heal_shard
+from memory_service.cluster.directory import Directory, members_of, tell
+from memory_service.cluster.healing import Healed, heal_shard
 from memory_service.cluster.moving import Moved
 from memory_service.cluster.opening import Reach, directory_of
 from memory_service.cluster.place import IMPATIENT, Lines
+from memory_service.cluster.status import ClusterStatus, status_of
 from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, Unavailable
 from memory_service.places.remote import RemotePlace
 from memory_service.places.targets import ClusterTarget, Tls, cluster_target
 from memory_service.shards import Member, Shard, ShardMap, stamp_at
-from memory_service.types import Stats
-from memory_service.verbs import GetStats
 
 Progress = Callable[[str, int, int], None]  # What is done, units done, units in all.
 _CALL_S = 60.0
@@ -29,55 +27,6 @@ _LINE = replace(IMPATIENT, patience_s=1.5)  # A process that does not answer may
 _SETTLE_S = 0.3  # Clients need a moment to notice that a process is back; what they write until then, it misses.
 _SETTLES = 5
 _PASSES = 100  # Of copying, each of which needs less than the one before unless writers are faster.
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatus:
-    """One process."""
-
-    address: str
-    up: bool
-    behind: bool  # It may lack writes, and answers no reads.
-    epoch: int  # Of the map it knows; 0: none.
-    documents: int
-    tokens: int
-    bytes: int
-    lag: int  # Changes of documents it lacks that another replica has.
-    problem: str = ""  # Why it does not answer.
-    node: str = ""  # Where it runs; empty if the directory does not know.
-
-
-@dataclass(frozen=True, slots=True)
-class ShardStatus:
-    """One shard."""
-
-    id: str
-    replicas: tuple[ReplicaStatus, ...]
-
-    @property
-    def answers(self) -> bool:
-        return any(one.up and not one.behind for one in self.replicas)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all replicas are there and hold the same."""
-        return all(one.up and not one.behind and not one.lag for one in self.replicas)
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterStatus:
-    """A cluster. Figures count what the caretaker's tokens may see, each document once."""
-
-    epoch: int
-    moving: bool
-    shards: tuple[ShardStatus, ...]
-    documents: int
-    tokens: int
-    bytes: int
-
-    @property
-    def whole(self) -> bool:
-        return all(shard.whole for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,53 +84,10 @@ class Caretaker:
 
     def status(self, differences: bool = True) -> ClusterStatus:
         """How the cluster is. Comparing replicas (`differences`) lists all their documents."""
-        shards = self.map
-        members = self._members(shards)
-        notes = self._directory.notes()
-        listed: list[ShardStatus] = []
-        totals = [0, 0, 0]
-        for shard in _all_shards(shards):
-            there = [address for address in shard.addresses if isinstance(members[address], Member)]
-            lags = self._lags(shards, shard, there) if differences and len(shard.addresses) > 1 else {}
-            replicas = []
-            for address in shard.addresses:
-                member, note = members[address], notes.get(address, Note())
-                if isinstance(member, FotError):
-                    problem = note.problem or member.message
-                    replicas.append(ReplicaStatus(address, False, False, 0, 0, 0, 0, 0, problem, note.node))
-                    continue
-                found = self._stats(address, shards, shard)
-                epoch = member.map.epoch if member.map else 0
-                figures = (found.documents, found.tokens, found.bytes)
-                lag = lags.get(address, 0)
-                replicas.append(ReplicaStatus(address, True, member.behind, epoch, *figures, lag, node=note.node))
-            listed.append(ShardStatus(shard.id, tuple(replicas)))
-            if shard in shards.shards and there:
-                best = max(replicas, key=lambda one: (one.up and not one.behind, one.documents))
-                totals = [a + b for a, b in zip(totals, (best.documents, best.tokens, best.bytes), strict=True)]
-        return ClusterStatus(shards.epoch, bool(shards.also), tuple(listed), *totals)
+        return status_of(self.map, self._tenants, self._directory.notes(), differences)
 
     def _members(self, shards: ShardMap) -> dict[str, Member | FotError]:
         return members_of(shards.addresses, self._tenants[0].place)
-
-    def _stats(self, address: str, shards: ShardMap, shard: Shard) -> Stats:
-        layout = shards.shards if shard in shards.shards else shards.also
-        placement = ShardMap(1, layout).placement(shard)
-        found = [lines.place(address).run(GetStats("", placement), _CALL_S) for lines in self._tenants]
-        names = [name for name in Stats.__dataclass_fields__ if name != "memory"]
-        return Stats("", **{name: sum(getattr(one, name) for one in found) for name in names})
-
-    def _lags(self, shards: ShardMap, shard: Shard, addresses: Sequence[str]) -> dict[str, int]:
-        """How many changes each replica lacks that another has."""
-        lags = dict.fromkeys(addresses, 0)
-        for lines in self._tenants:
-            infos = {name: one for a in addresses for name, one in memories_at(lines.place(a)).items()}
-            for memory in infos.values():
-                held = {address: holding(lines.place(address), memory.name) for address in addresses}
-                for one in differences(shards, shard, memory, held):
-                    for address in one.targets:
-                        lags[address] += 1
-        return lags
 
     # --- Healing ---
 
@@ -199,7 +105,7 @@ class Caretaker:
         done = Healed()
         away = tuple(address for address, one in members.items() if isinstance(one, FotError))
         left: list[str] = []
-        for shard in _all_shards(shards):
+        for shard in shards.everyone:
             there = [address for address in shard.addresses if isinstance(members[address], Member)]
             current = [address for address in there if not _behind(members[address])]
             began = stamp_at(time.time())
@@ -254,7 +160,7 @@ class Caretaker:
         """Tell the map to processes that know an older one, or lost theirs with all they had."""
         for address, one in members.items():
             if isinstance(one, Member) and one.map != shards and shards.epoch:
-                alone = any(shard.addresses == (address,) for shard in _all_shards(shards))
+                alone = any(shard.addresses == (address,) for shard in shards.everyone)
                 lost = one.map is None and not alone
                 tell(shards, self._tenants[0].place, [address], behind=True if lost else None)
 
@@ -263,16 +169,21 @@ class Caretaker:
     def publish(self, shards: Sequence[Shard], empty: Collection[str] = ()) -> ShardMap:
         """Tell new addresses of the same shards; `empty` are those that begin without data, to be healed first.
 
-        Raises FailedPrecondition if the shards themselves are others: their documents must move.
+        While documents move, the shards are those of both layouts; the move goes on by the new map when it is called
+        again. Raises FailedPrecondition if the shards themselves are others: their documents must move.
         """
         known = self.map
-        if known.also:
-            raise FailedPrecondition("documents are moving; finish that with `move` first")
-        if {shard.id for shard in shards} != set(known.ids):
+        given = {shard.id: shard for shard in shards}
+        if given.keys() != {shard.id for shard in known.everyone}:
             raise FailedPrecondition("these are other shards; their documents must move: use `move`")
-        new = ShardMap(known.epoch + 1, tuple(shards))
-        new.check()
+        layout, also = (tuple(given[shard.id] for shard in one) for one in (known.shards, known.also))
         single = {shard.addresses[0] for shard in shards if len(shard.addresses) == 1}
+        if known.switched and single.intersection(empty):
+            # What moved there is lost, but where it came from still has it: read there, and carry it once more.
+            new = ShardMap(known.epoch + 1, also, layout)
+        else:
+            new = ShardMap(known.epoch + 1, layout, also, known.switched)
+        new.check()
         fresh = [address for address in new.addresses if address in empty and address not in single]
         self._tell_all(new, [address for address in new.addresses if address not in fresh])
         tell(new, self._tenants[0].place, fresh, behind=True)
@@ -284,7 +195,7 @@ class Caretaker:
         """Put an empty process in the place of one that is gone, and bring it what its shard holds."""
         shards = tuple(
             Shard(shard.id, tuple(new if address == old else address for address in shard.addresses))
-            for shard in self.map.shards
+            for shard in self.map.everyone
         )
         self.publish(shards, empty=[new])
         return self.heal(progress)
@@ -352,7 +263,7 @@ class Caretaker:
         members = self._members(shards)
         return all(
             any(isinstance(members[a], Member) and not _behind(members[a]) for a in shard.addresses)
-            for shard in _all_shards(shards)
+            for shard in shards.everyone
         )
 
     def _places(self, tenant: int, shards: ShardMap) -> dict[str, RemotePlace]:
@@ -367,7 +278,7 @@ class Caretaker:
     def _tell_all(self, shards: ShardMap, addresses: Collection[str] | None = None) -> None:
         """Tell a map; every shard needs a replica that heard it. The others are behind when they come back."""
         away = tell(shards, self._tenants[0].place, addresses)
-        for shard in _all_shards(shards):
+        for shard in shards.everyone:
             if all(address in away for address in shard.addresses):
                 raise Unavailable(f"no replica of shard {shard.id} answers ({', '.join(shard.addresses)}); nothing is "
                                   "lost: try again when one is back")  # fmt: skip
@@ -392,11 +303,6 @@ def _check_names(before: Sequence[Shard], after: Sequence[Shard]) -> None:
 
 def _behind(member: Member | FotError) -> bool:
     return isinstance(member, FotError) or member.behind or member.map is None
-
-
-def _all_shards(shards: ShardMap) -> list[Shard]:
-    """The shards of both layouts, each once."""
-    return list({shard.id: shard for shard in (*shards.also, *shards.shards)}.values())
 
 
 def _parts(found: ClusterTarget) -> tuple[str, str, Reach]:

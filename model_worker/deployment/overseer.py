@@ -120,6 +120,8 @@ class Overseer:
                 self._problem = ""
             except _Stopped:
                 return
+            except _Elsewhere:
+                continue
             except FotError as error:
                 self._tell(error.message)
             except Exception as error:  # Whatever it is, the next round may do better; an overseer must not end.
@@ -129,15 +131,12 @@ class Overseer:
     def _round(self) -> None:
         self._tenants.read()
         addresses = self._look()
-        for one in self._members.values():
-            self._registry.learn(one.map if isinstance(one, Member) else None)
         known = self._registry.known
         if known is None:
             self._publish_first(addresses)
             return
         caretaker = Caretaker(self._registry, self._tenants.lines)
-        if not known.also:
-            self._publish(caretaker, known, addresses)
+        self._publish(caretaker, known, addresses)
         self._heal(caretaker)
         self._doing = ""
         self._move(caretaker, addresses)
@@ -150,6 +149,8 @@ class Overseer:
         addresses = {copy: report.address for copy, report in self._crew.reports.items() if report.address}
         self._registry.reach(addresses.values(), self._tenants.place)
         self._members = members_of(addresses.values(), self._tenants.place)
+        for one in self._members.values():
+            self._registry.learn(one.map if isinstance(one, Member) else None)
         self._looked = time.monotonic()
         return addresses
 
@@ -190,16 +191,9 @@ class Overseer:
         self._registry.learn(first)
 
     def _publish(self, caretaker: Caretaker, known: ShardMap, addresses: dict[Copy, str]) -> None:
-        """Tell everybody the addresses that have changed, of those that answer: one may be filling from snapshots."""
-        shards = []
-        for shard in known.shards:
-            now = list(shard.addresses)
-            for replica in range(len(now)):
-                address = addresses.get(Copy(int(shard.id[1:]), replica), "")
-                if isinstance(self._members.get(address), Member):
-                    now[replica] = address
-            shards.append(Shard(shard.id, tuple(now)))
-        if tuple(shards) == known.shards:
+        """Tell everybody the addresses that have changed."""
+        shards = self._placed(known, addresses)
+        if shards == known.everyone:
             return
         new = {address for shard in shards for address in shard.addresses} - set(known.addresses)
         empty = [a for a in new if isinstance(one := self._members.get(a), Member) and one.map is None]
@@ -207,6 +201,18 @@ class Overseer:
         caretaker.publish(shards, empty)
         self._given_up -= {int(shard.id[1:]) for shard in shards if set(shard.addresses) & set(empty)}
         self._healed = -math.inf
+
+    def _placed(self, known: ShardMap, addresses: dict[Copy, str]) -> tuple[Shard, ...]:
+        """The map's shards, of both layouts, where they answer now: one that is filling from snapshots does not yet."""
+        shards = []
+        for shard in known.everyone:
+            now = list(shard.addresses)
+            for replica in range(len(now)):
+                address = addresses.get(Copy(int(shard.id[1:]), replica), "")
+                if isinstance(self._members.get(address), Member):
+                    now[replica] = address
+            shards.append(Shard(shard.id, tuple(now)))
+        return tuple(shards)
 
     def _heal(self, caretaker: Caretaker) -> None:
         """Compare the replicas now and then, and at once if one says that it lacks writes or knows an old map."""
@@ -259,12 +265,19 @@ class Overseer:
         if self._stopping.is_set():
             raise _Stopped
         if time.monotonic() > self._looked + _LOOK_S:
-            self._look()
+            addresses = self._look()
+            known = self._registry.known
+            if known is not None and self._placed(known, addresses) != known.everyone:
+                raise _Elsewhere
 
     def _tell(self, problem: str) -> None:
         if problem != self._problem:
             log.warning("%s", problem)
         self._problem = problem
+
+
+class _Elsewhere(Exception):
+    """A service answers at another address: the next round tells everybody, and goes on with what was begun."""
 
 
 class _Stopped(Exception):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from memory_service import Memory, Unavailable
+from memory_service import Client, Memory, Unavailable
 from memory_service.cluster.caretaker import Caretaker
+from memory_service.verbs import GetShardMap
 from model_worker.deployment import memory_cluster
 from model_worker.deployment.plan import Plan
 from tests.deployment.nodes import RayNodes
-from tests.deployment.traffic import opened, plan, put, reports, running, same_as_one, traffic, until, until_ready
+from tests.deployment.traffic import kill, opened, plan, put, reports, running, same_as_one, traffic, until, until_ready
 
 pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however busy a machine.
 NAMES = [f"document-{number}" for number in range(60)]
@@ -42,6 +43,32 @@ def test_1_2_and_4_shards_answer_as_one_memory_while_it_grows_and_shrinks_under_
             until(lambda: len(reports("growing")) == 1)
             met.more(written=0)
         same_as_one(memory, NAMES)
+
+
+@pytest.mark.slow
+def test_a_service_that_comes_back_elsewhere_while_documents_move_is_found_and_they_go_on(
+    ray_cluster: RayNodes, tmp_path: Path
+) -> None:
+    one = plan("restless", tmp_path, shards=1, replicas=1)
+    names = [f"document-{number}" for number in range(1500)]
+    with running(one) as state, opened("restless") as memory, Caretaker.open("ray://restless") as caretaker:
+        put(memory, names)
+        (first,) = (copy.report for copy in state.copies if copy.report)
+        memory_cluster.bring_up(replace(one, shards=2))
+        until(lambda: memory_cluster.state_of("restless").doing.startswith("moving documents: "))
+        for port in tmp_path.rglob("*.port"):
+            if port.read_text() == first.address.rpartition(":")[2]:
+                port.unlink()  # Without it the service comes back at another port.
+        kill(first)
+        (other,) = {report.address for report in reports("restless")} - {first.address}
+        with Client.open(f"grpc://{other}") as client:
+            told = client.connection.run(GetShardMap()).map
+            assert told is not None
+            assert told.also, "the documents had moved before the service was killed"
+        until_ready("restless")
+        assert first.address not in caretaker.map.addresses
+        assert not caretaker.map.also
+        same_as_one(memory, names)
 
 
 def _grow(wanted: Plan, memory: Memory, caretaker: Caretaker) -> None:

@@ -142,19 +142,10 @@ def test_readers_and_writers_notice_nothing_of_a_move(four: list[Service]) -> No
 
 
 @pytest.mark.parametrize("stops_at", [3, 4])
-def test_a_move_that_was_cut_off_goes_on(four: list[Service], monkeypatch: pytest.MonkeyPatch, stops_at: int) -> None:
+def test_a_move_that_was_cut_off_goes_on(four: list[Service], stops_at: int) -> None:
     wanted = shards(four[:1], four[1:2], four[2:3])
-    tell = caretaking.tell
-
-    def cut(new: ShardMap, *rest: Any, **more: Any) -> Any:
-        if new.epoch == stops_at:
-            raise KeyboardInterrupt
-        return tell(new, *rest, **more)
-
     with cluster(four[:2]) as (memory, keeper):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(caretaking, "tell", cut)
-            keeper.move(wanted)
+        cut_off(keeper, wanted, stops_at)
         assert memory.info().documents == len(IDS)
         assert keeper.status().moving
         with pytest.raises(FailedPrecondition, match="another move"):
@@ -164,6 +155,88 @@ def test_a_move_that_was_cut_off_goes_on(four: list[Service], monkeypatch: pytes
         assert not keeper.status().moving
         assert memory.get("d0").tokens == 9
         assert memory.info().documents == len(IDS)
+
+
+def cut_off(keeper: Caretaker, wanted: tuple[Shard, ...], epoch: int) -> None:
+    """Begin to move, and end as if killed before the map of this epoch is told."""
+    tell = caretaking.tell
+
+    def cut(new: ShardMap, *rest: Any, **more: Any) -> Any:
+        if new.epoch == epoch:
+            raise KeyboardInterrupt
+        return tell(new, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(caretaking, "tell", cut)
+        keeper.move(wanted)
+
+
+@pytest.mark.parametrize("epoch", [3, 4])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_service_that_comes_back_elsewhere_while_documents_move_is_found(
+    four: list[Service], epoch: int, lost: int
+) -> None:
+    with cluster(four[:2]) as (memory, keeper):
+        whole = memory.attend(LAYER, torch.ones(2, 1, 8))
+        cut_off(keeper, shards(four[:1], four[1:2], four[2:3]), epoch)
+        four[lost].stop()
+        moved = Service(four[lost].directory)
+        moved.start()
+        try:
+            three = [*four[:lost], moved, *four[lost + 1 : 3]]
+            with pytest.raises(FailedPrecondition, match="use `move`"):
+                keeper.publish(shards(three[:1], three[1:2]))
+            keeper.publish(shards(three[:1], three[1:2], three[2:]))
+            assert keeper.status().moving
+            assert memory.attend(LAYER, torch.ones(2, 1, 8)).coverage == whole.coverage
+            memory.put("new", *drawn(70, 4))
+            memory.delete("d3")
+            keeper.move(shards(three[:1], three[1:2], three[2:]))
+            status = keeper.status()
+            assert (status.moving, status.whole, status.documents) == (False, True, len(IDS))
+            assert [one.id for one in memory.documents()] == sorted({*IDS, "new"} - {"d3"})
+            assert sorted(name for one in three for name in held(one)) == sorted({*IDS, "new"} - {"d3"})
+        finally:
+            moved.stop()
+
+
+def test_an_empty_replica_is_filled_while_documents_move(four: list[Service], tmp_path: Path) -> None:
+    where = target([one.address for one in four[:2]], "replicas=2")
+    with Memory.open(where, "m", SPEC) as memory, Caretaker.open(where) as keeper:
+        for number, name in enumerate(IDS):
+            memory.put(name, *drawn(number, 3))
+        cut_off(keeper, shards(four[:2], four[2:]), 3)
+        four[1].stop()
+        empty = Service(tmp_path / "another")
+        empty.start()
+        try:
+            keeper.publish(shards([four[0], empty], four[2:]), empty=[empty.address])
+            memory.put("new", *drawn(70, 4))
+            keeper.move(shards([four[0], empty], four[2:]))
+            assert keeper.heal().behind == ()
+            status = keeper.status()
+            assert (status.moving, status.whole, status.documents) == (False, True, len(IDS) + 1)
+            assert held(empty) == held(four[0])
+            assert sorted([*held(empty), *held(four[2])]) == sorted([*IDS, "new"])
+        finally:
+            empty.stop()
+
+
+def test_what_moved_to_a_service_that_is_lost_is_carried_once_more(four: list[Service]) -> None:
+    with cluster(four[:1]) as (memory, keeper):
+        whole = memory.attend(LAYER, torch.ones(2, 1, 8))
+        cut_off(keeper, shards(four[:1], four[1:2]), 4)
+        assert keeper.map.switched
+        assert held(four[1]) != []
+        four[1].stop()
+        keeper.publish(shards(four[:1], four[2:3]), empty=[four[2].address])
+        assert not keeper.map.switched
+        assert memory.attend(LAYER, torch.ones(2, 1, 8)).coverage == whole.coverage
+        keeper.move(shards(four[:1], four[2:3]))
+        assert not keeper.status().moving
+        assert sorted([*held(four[0]), *held(four[2])]) == sorted(IDS)
+        assert held(four[2]) != []
+        assert torch.allclose(memory.attend(LAYER, torch.ones(2, 1, 8)).output, whole.output, atol=1e-6)
 
 
 def test_a_process_answers_only_those_who_know_its_map(four: list[Service]) -> None:
