@@ -1,1 +1,1 @@
-"""Approximate candidates: Faiss indexes over keys, derived and rebuilt at any time. The only room that knows Faiss."""
+"""Approximate candidates: Faiss indexes over keys, derived and rebuilt at any time."""

@@ -1,1 +1,1 @@
-"""What lies on disk, and how: segments, the catalogue, tombstones, snapshots. The only room that touches files."""
+"""What lies on disk, and how: segments, the catalogue, tombstones, snapshots; and the file operations of all of it."""
