@@ -17,6 +17,13 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 KEPT = ("FOT_SOAK_",)  # Sizes of the soak tests.
+# Modules that take more than twenty seconds.
+LONG = (
+    "test_repository", "test_recovery", "test_corruption", "test_disk_full", "test_crash", "test_cluster_processes",
+    "test_ingest_crash", "test_store", "test_memory_congruence", "test_worker_errors", "test_api_cli", "test_model",
+    "test_power_loss", "test_snapshot_faults", "test_cluster_moving", "test_cluster_failures", "test_serving",
+    "test_cli",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,14 +53,27 @@ def _log_as_before() -> Iterator[None]:
     LOG.propagate = propagate
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first: where tests run side by side, no process waits for another at the end."""
+
+    def turn(item: pytest.Item) -> int:
+        return 0 if _on_ray(item.nodeid) else 1 if item.path.stem in LONG else 2
+
+    items.sort(key=turn)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where tests run side by side, those on Ray stay in one process and share one cluster, and begin first."""
+    """Where tests run side by side, those on Ray stay in one process and share one cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            on_ray = nodeid.startswith("tests/deployment/") and "/test_deploy_" not in nodeid
-            return "ray" if on_ray else nodeid
+            return "ray" if _on_ray(nodeid) else super()._split_scope(nodeid)
 
+    config.option.loadscopereorder = False  # By the number of tests, which says nothing of how long they take.
     return OneRay(config, log)
+
+
+def _on_ray(nodeid: str) -> bool:
+    return nodeid.startswith("tests/deployment/") and "/test_deploy_" not in nodeid
