@@ -162,7 +162,7 @@ def test_25_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     witness = kill_and_look(tmp_path / "data", 25, seed=1)
     # A slow disk confirms few; none at all would prove nothing.
     assert witness.confirmed >= 25
-    assert witness.compactions >= 3
+    assert witness.compactions >= 1
 
 
 @pytest.mark.soak
