@@ -36,7 +36,7 @@ _STATES = (OperationState.RUNNING, OperationState.FAILED, OperationState.CANCELL
 def create(route: Route, verb: CreateMemory) -> Flow[MemoryInfo]:
     """Create the memory in every process; each shard needs one that did."""
     verb = replace(verb, created_at=verb.created_at or time.time())
-    found = yield from route.everywhere(route.map.addresses, verb)
+    found = yield from route.patiently(route.map.addresses, verb, each_shard=True)
     check_each_shard(route, found)
     infos = [one for one in found.values() if isinstance(one, MemoryInfo)]
     route.known.learn_spec(verb.name, infos[0].spec)
@@ -48,7 +48,7 @@ def create(route: Route, verb: CreateMemory) -> Flow[MemoryInfo]:
 
 def delete(route: Route, verb: DeleteMemory) -> Flow[None]:
     """Delete the memory in every process. NotFound if none had it."""
-    found = yield from route.everywhere(route.map.addresses, verb)
+    found = yield from route.patiently(route.map.addresses, verb, each_shard=True)
     route.known.forget_memory(verb.name)
     errors = [one for one in found.values() if isinstance(one, FotError)]
     gone = [one for one in errors if isinstance(one, NotFound)]
@@ -220,7 +220,7 @@ def _opened(route: Route, token: str) -> tuple[str, dict[str, str | None]]:
 
 def start(route: Route, verb: StartOperation) -> Flow[Operation]:
     """Start the work in every process."""
-    found = yield from route.everywhere(route.map.addresses, verb)
+    found = yield from route.patiently(route.map.addresses, verb, each_shard=True)
     check_each_shard(route, found)
     return one_operation({address: one for address, one in found.items() if isinstance(one, Operation)})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from memory_service.cluster.health import Health
 from memory_service.cluster.known import Known
@@ -21,7 +21,7 @@ from memory_service.errors import (
     Unavailable,
 )
 from memory_service.shards import Shard, ShardMap, Stamps
-from memory_service.verbs import MarkBehind, Verb
+from memory_service.verbs import GetShardMap, MarkBehind, Verb
 
 Answer = TypeVar("Answer")
 
@@ -131,6 +131,41 @@ class Route:
         found = outcomes((yield Together([self.at(address, verb) for address in listed])))
         return dict(zip(listed, found, strict=True))
 
+    def patiently(
+        self, addresses: Sequence[str], verb: Verb[Answer], each_shard: bool = False
+    ) -> Flow[dict[str, Answer | FotError]]:
+        """Ask these processes, and again those that are away, as long as patience lasts: errors as values.
+
+        With `each_shard` it is enough that one replica of every shard is there.
+        """
+        if not verb.repeatable:
+            # It cannot be sent twice, so first make sure that they listen.
+            heard = yield from self.patiently(addresses, GetShardMap(), each_shard)
+            away = {address: one for address, one in heard.items() if isinstance(one, FotError) and _is_away(one)}
+            told = yield from self.everywhere([address for address in heard if address not in away], verb)
+            return {address: away[address] if address in away else told[address] for address in heard}
+        found: dict[str, Any] = {}
+        waiting = list(addresses)
+        patience = Patience(self.budget, self.options.patience_s)
+        while True:
+            found |= yield from self.everywhere(waiting, verb)
+            waiting = [address for address, one in found.items() if _is_away(one)]
+            needed = [shard.addresses for shard in self.map.shards] if each_shard else [(a,) for a in found]
+            if not any(all(address in waiting for address in some) for some in needed):
+                return found
+            yield from self.look()
+            pause = patience.pause_s()
+            if pause is None:
+                return found
+            yield Pause(pause)
+
+    def wait_for(self, address: str, verb: Verb[Answer]) -> Flow[Answer]:
+        """Ask one process, patiently."""
+        found = (yield from self.patiently([address], verb))[address]
+        if isinstance(found, FotError):
+            raise found
+        return found
+
     def check_missing(self, found: Sequence[object]) -> None:
         """Raise one Unavailable that names every shard that is missing."""
         lost = [one for one in found if isinstance(one, FotError) and missing(one)]
@@ -166,6 +201,11 @@ class Route:
         except PermissionDenied:
             return
         self.health.paid(address, missed)
+
+
+def _is_away(found: object) -> bool:
+    """Whether a process did not answer; one that may lack writes did."""
+    return isinstance(found, Unavailable) and found.code != BEHIND
 
 
 def lost_shard(shard: Shard, failures: Sequence[FotError]) -> Unavailable:

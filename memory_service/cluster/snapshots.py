@@ -29,6 +29,7 @@ from memory_service.verbs import (
     DeleteSnapshot,
     GetMemory,
     GetOperation,
+    GetShardMap,
     GetSnapshot,
     ListSnapshots,
     MarkBehind,
@@ -41,6 +42,7 @@ def create(route: Route, verb: CreateSnapshot) -> Flow[Operation]:
     if not verb.snapshot:
         raise FailedPrecondition("a cluster's snapshot needs an id, so that its shards give it the same")
     _check_settled(route)
+    yield from route.patiently(route.map.addresses, GetShardMap(), each_shard=True)
     flows = [_one_of(route, shard, verb) for shard in route.map.shards]
     found = outcomes((yield Together(flows)))
     route.check_missing(found)
@@ -77,7 +79,7 @@ def get(route: Route, verb: GetSnapshot) -> Flow[Snapshot]:
 
 def delete(route: Route, verb: DeleteSnapshot) -> Flow[None]:
     """Delete the parts in every process. NotFound if none had one."""
-    found = yield from route.everywhere(route.map.addresses, verb)
+    found = yield from route.patiently(route.map.addresses, verb)
     gone = [one for one in found.values() if isinstance(one, NotFound)]
     if len(gone) == len(found):
         raise gone[0]
@@ -93,8 +95,7 @@ def restore(route: Route, verb: RestoreSnapshot) -> Flow[Operation]:
     """
     check_snapshot_id(verb.snapshot)
     _check_settled(route)
-    listed = yield from _listed(route, route.map.addresses, "")
-    held = {address: [one for one in mine if one.id == verb.snapshot] for address, mine in listed.items()}
+    held = yield from _held(route, verb.snapshot)
     parts = [one for mine in held.values() for one in mine]
     if not parts:
         raise NotFound(f"no snapshot {verb.snapshot!r}")
@@ -138,7 +139,7 @@ def operation(route: Route, verb: GetOperation | CancelOperation) -> Flow[Operat
         raise NotFound("no such operation")
     asked = {address: name for address, name in parts.items() if name}
     lacking = [address for address, name in parts.items() if not name]
-    flows = [route.at(address, replace(verb, operation=name)) for address, name in asked.items()]
+    flows = [route.wait_for(address, replace(verb, operation=name)) for address, name in asked.items()]
     found = dict(zip(asked, answers((yield Together(flows))), strict=True))
     told = one_operation(found, lacking)
     if told.kind is not OperationKind.RESTORE or told.state is OperationState.RUNNING:
@@ -189,8 +190,7 @@ def _check_settled(route: Route) -> None:
 
 def _parts(route: Route, memory: str) -> Flow[dict[str, dict[str, Snapshot]]]:
     """Snapshots by id, their parts by shard; of the processes that answer, of which every shard needs one."""
-    flows = [_all(route, address, memory) for address in route.map.addresses]
-    found = dict(zip(route.map.addresses, outcomes((yield Together(flows))), strict=True))
+    found = yield from _listed(route, memory, each_shard=True)
     check_each_shard(route, found)
     parts: dict[str, dict[str, Snapshot]] = {}
     for mine in found.values():
@@ -201,17 +201,30 @@ def _parts(route: Route, memory: str) -> Flow[dict[str, dict[str, Snapshot]]]:
     return parts
 
 
-def _listed(route: Route, addresses: Sequence[str], memory: str) -> Flow[dict[str, list[Snapshot]]]:
-    """What each of these processes has; raises if one does not answer."""
-    found = answers((yield Together([_all(route, address, memory) for address in addresses])))
-    return dict(zip(addresses, found, strict=True))
+def _held(route: Route, snapshot: str) -> Flow[dict[str, list[Snapshot]]]:
+    """The parts of a snapshot that each process has; raises if one does not answer."""
+    listed = yield from _listed(route, "")
+    found = answers(list(listed.values()))
+    return {address: [one for one in mine if one.id == snapshot] for address, mine in zip(listed, found, strict=True)}
 
 
-def _all(route: Route, address: str, memory: str) -> Flow[list[Snapshot]]:
-    page = yield from route.at(address, ListSnapshots(memory, MAX_PAGE_SIZE))
+def _listed(route: Route, memory: str, each_shard: bool = False) -> Flow[dict[str, list[Snapshot] | FotError]]:
+    """What each process has, errors as values."""
+    verb = ListSnapshots(memory, MAX_PAGE_SIZE)
+    first = yield from route.patiently(route.map.addresses, verb, each_shard)
+    flows = [_rest(route, address, verb, page) for address, page in first.items()]
+    return dict(zip(first, outcomes((yield Together(flows))), strict=True))
+
+
+def _rest(
+    route: Route, address: str, verb: ListSnapshots, page: Page[Snapshot] | FotError
+) -> Flow[list[Snapshot] | FotError]:
+    """A process's listing, from its first page on."""
+    if isinstance(page, FotError):
+        return page
     found = list(page.items)
     while page.next:
-        page = yield from route.at(address, ListSnapshots(memory, MAX_PAGE_SIZE, page.next))
+        page = yield from route.at(address, replace(verb, page_token=page.next))
         found += page.items
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from memory_service import (
     AlreadyExists,
     Client,
-    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     Memory,
@@ -23,9 +23,9 @@ from memory_service import (
     Unavailable,
 )
 from memory_service.client import connection
-from memory_service.cluster import caretaker
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.types import Operation
+from memory_service.verbs import GetMemory, RestoreSnapshot
 from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target
 from tests.memory_service.places import QUIET
 
@@ -37,7 +37,6 @@ OWN, SHARED = "own roots", "one root"
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "POLL_S", 0.01)
-    monkeypatch.setattr(caretaker, "_SETTLE_S", 0.05)
 
 
 @pytest.fixture(params=[OWN, SHARED])
@@ -189,14 +188,42 @@ def test_a_replica_that_is_away_or_behind_takes_no_part(pairs: list[Service]) ->
         ended(client, memory.snapshot("two"))  # It is back, but may lack writes.
         assert not (pairs[0].directory / "snapshots").exists()
         client.delete("m")
-        with pytest.raises((Unavailable, FailedPrecondition, DataLoss)):
-            pairs[0].stop()
-            client.restore("one")
+        pairs[0].stop()
+        with pytest.raises(Unavailable, match=pairs[0].address):
+            client.run(RestoreSnapshot("one"), 1.0)
         pairs[0].start()
         keeper.heal()
         ended(client, client.restore("one"))
         keeper.heal()
         assert len(list(client.memory("m").documents())) == len(IDS)
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_a_process_that_is_just_coming_back_is_waited_for(pairs: list[Service]) -> None:
+    """By what concerns every process, as by what concerns a document; and R = 1 is no worse than one service."""
+    with Client.open(target([one.address for one in pairs])) as client:
+        memory = filled(client)
+        tokens = memory.info().tokens
+        for step in (
+            lambda: ended(client, memory.snapshot("one")),
+            lambda: client.delete("m"),
+            lambda: client.memory("other", SPEC),
+            lambda: ended(client, client.restore("one")),
+            lambda: ended(client, client.memory("m").start("compact")),
+            lambda: client.delete_snapshot("one"),
+        ):
+            pairs[1].stop()
+            with pytest.raises(Unavailable):
+                client.connection.run(GetMemory("nothing"), 0.3)  # From now on the line pauses between attempts.
+            back = threading.Timer(0.3, pairs[1].start)
+            back.start()
+            try:
+                step()
+            finally:
+                back.join()
+        assert client.memory("m").info().tokens == tokens
+        assert [one.name for one in client.memories()] == ["m", "other"]
+        assert list(client.snapshots()) == []
 
 
 @pytest.mark.parametrize("pairs", [OWN], indirect=True)

@@ -26,7 +26,6 @@ from memory_service import (
 )
 from memory_service.cli import work
 from memory_service.client import connection
-from memory_service.cluster import caretaker
 from memory_service.server.auth import TokenFile
 from memory_service.settings import StoreOptions
 from memory_service.types import Role
@@ -44,7 +43,6 @@ QUERIES = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1))
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "POLL_S", 0.01)
     monkeypatch.setattr(work, "POLL_S", 0.01)
-    monkeypatch.setattr(caretaker, "_SETTLE_S", 0.05)
 
 
 @pytest.fixture(params=[place for place in PLACES if place != "memory"])
