@@ -44,36 +44,15 @@ if TYPE_CHECKING:
     )
     from memory_service.filters import Where
     from memory_service.settings import StoreOptions
-    from memory_service.types import (
-        AllOf,
-        AnyOf,
-        Attended,
-        AttendGroup,
-        AttendOptions,
-        Attribution,
-        Compare,
-        Condition,
-        Coverage,
-        DocumentInfo,
-        DType,
-        Engine,
-        Fetched,
-        Fingerprint,
-        IndexPolicy,
-        Measured,
-        MemoryInfo,
-        MemorySpec,
-        Not,
-        Operation,
-        OperationKind,
-        OperationState,
-        Partial,
-        Scope,
-        SessionScope,
-        Snapshot,
-        Stats,
-        TopTokens,
-    )
+    from memory_service.types.answers import Attended, Attribution, Coverage, Fetched, Measured, Partial, TopTokens
+    from memory_service.types.conditions import AllOf, AnyOf, Compare, Condition, Not
+    from memory_service.types.documents import DocumentInfo
+    from memory_service.types.memories import MemoryInfo, Stats
+    from memory_service.types.operations import Operation, OperationKind, OperationState
+    from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+    from memory_service.types.scopes import Scope, SessionScope
+    from memory_service.types.snapshots import Snapshot
+    from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
 
 __all__ = [
     "ALL_DOCUMENTS",
@@ -136,5 +115,16 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    _HOMES = ("errors", "types", "filters", "settings", "client", "attention.exact")
+    _TYPES = (
+        "conditions",
+        "documents",
+        "memories",
+        "operations",
+        "questions",
+        "answers",
+        "scopes",
+        "snapshots",
+        "specs",
+    )
+    _HOMES = ("errors", *(f"types.{one}" for one in _TYPES), "filters", "settings", "client", "attention.exact")
     __getattr__ = finder(__name__, __all__, [f"{__name__}.{home}" for home in _HOMES])

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import AllOf, AnyOf, Compare, Condition, Filter, Not, Scalar
+from memory_service.types.conditions import AllOf, AnyOf, Compare, Condition, Filter, Not, Scalar
 
 Where = Filter | str | Sequence[Filter | str] | None  # What callers may give; a sequence means that all must match.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import MAX_PAGE_SIZE
+from memory_service.types.listings import MAX_PAGE_SIZE
 
 
 def page_size(size: int) -> int:

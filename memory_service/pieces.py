@@ -12,17 +12,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from memory_service.types import (
-    MAX_QUERIES,
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Attribution,
-    Measured,
-    SessionAppend,
-    SessionInfo,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Attribution, Measured, TopTokens
+from memory_service.types.questions import MAX_QUERIES, AttendGroup, AttendOptions
+from memory_service.types.sessions import SessionAppend, SessionInfo
 from memory_service.verbs import AppendSessions, Attend, Search
 
 PIECE_BYTES = 4 << 20  # Of tensors in one message, asked or answered; the service takes messages of 8 MiB.

@@ -10,31 +10,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 from memory_service.shards import Member, Placement, ShardMap
-from memory_service.types import (
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Conflict,
-    Deleted,
-    Document,
-    DocumentInfo,
-    Fetched,
-    Filter,
-    Fingerprint,
-    MemoryInfo,
-    MemorySpec,
-    Operation,
-    OperationKind,
-    Page,
-    Role,
-    Scalar,
-    SessionAppend,
-    SessionInfo,
-    Snapshot,
-    Stats,
-    TopTokens,
-    Upload,
-)
+from memory_service.types.answers import Attended, Fetched, TopTokens
+from memory_service.types.callers import Role
+from memory_service.types.conditions import Filter, Scalar
+from memory_service.types.documents import Conflict, Deleted, Document, DocumentInfo
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo, Stats
+from memory_service.types.operations import Operation, OperationKind
+from memory_service.types.questions import AttendGroup, AttendOptions
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.snapshots import Snapshot
+from memory_service.types.specs import Fingerprint, MemorySpec
+from memory_service.types.uploads import Upload
 
 Answer = TypeVar("Answer")
 

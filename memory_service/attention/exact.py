@@ -13,7 +13,8 @@ from torch import Tensor
 
 from memory_service.attention import scan
 from memory_service.attention.scan import GROUP, Arena, Chunk
-from memory_service.types import Cancel, Partial
+from memory_service.types.answers import Partial
+from memory_service.types.callers import Cancel
 
 _PIECE_ELEMENTS = 1 << 21  # Float32 elements gathered at a time when candidates are scored again.
 _FEW_QUERIES = 8  # Below this, two products beat the kernel, which converts nothing and reads keys for many queries.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memory_service.types import Attribution, TopTokens
+from memory_service.types.answers import Attribution, TopTokens
 
 # Rows in, out: index into the names, token offset in that source, names.
 Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, Sequence[str]]]

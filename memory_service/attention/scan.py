@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 GROUP = 16  # Keys whose best score is kept.
 FEW_ROWS = 16  # Below this many query rows, keys stand on the right of the product.

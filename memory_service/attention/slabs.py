@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memory_service.attention.scan import Chunk
-from memory_service.types import MemorySpec
+from memory_service.types.specs import MemorySpec
 
 Run = tuple[int, int]  # Half-open range of rows.
 

@@ -44,7 +44,10 @@ from memory_service.bench.harness import (
 )
 from memory_service.bench.synthetic import Workload
 from memory_service.client import Memory, Session
-from memory_service.types import Engine, Fingerprint, IndexPolicy, MemorySpec, OperationState, Partial
+from memory_service.types.answers import Partial
+from memory_service.types.operations import OperationState
+from memory_service.types.questions import Engine
+from memory_service.types.specs import Fingerprint, IndexPolicy, MemorySpec
 
 HEADS, DIM, TOP_K, LAYER = 4, 64, 32, 0
 KEYS = (65_536, 262_144)

@@ -38,7 +38,7 @@ from memory_service.bench.harness import (
     single_threaded,
 )
 from memory_service.client import Client
-from memory_service.types import Fingerprint, IndexPolicy, MemorySpec
+from memory_service.types.specs import Fingerprint, IndexPolicy, MemorySpec
 
 HEADS, DIM = 4, 64
 MIB = 1 << 20

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from memory_service.bench.harness import Progress, Result, say, show
-from memory_service.types import Attended, AttendGroup, AttendOptions, Coverage, DType, Engine, Scope
+from memory_service.types.answers import Attended, Coverage
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope
+from memory_service.types.specs import DType
 from memory_service.verbs import Attend
 from memory_service.wire.codec import RPCS
 from memory_service.wire.tensors import write_tensor

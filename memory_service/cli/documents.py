@@ -24,7 +24,7 @@ from memory_service.cli.console import (
     sure,
     when,
 )
-from memory_service.types import DocumentInfo
+from memory_service.types.documents import DocumentInfo
 
 app = typer.Typer(no_args_is_help=True, help="List, show and remove documents.")
 

@@ -25,7 +25,8 @@ from memory_service.cli.console import (
     when,
 )
 from memory_service.client.arguments import describe
-from memory_service.types import DType, Fingerprint, IndexPolicy, MemoryInfo, MemorySpec
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
 from memory_service.verbs import CreateMemory, GetMemory
 
 app = typer.Typer(no_args_is_help=True, help="Create, list, show and remove memories.")

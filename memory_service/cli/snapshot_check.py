@@ -14,7 +14,7 @@ from memory_service.cli.console import Json, counted, print_json, print_table, s
 from memory_service.cli.verify import CATALOG, reading
 from memory_service.errors import DataLoss, NotFound
 from memory_service.storage.vfs import OsVfs
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 if TYPE_CHECKING:
     from memory_service.storage.snapshot_file import Description

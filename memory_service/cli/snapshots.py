@@ -26,7 +26,8 @@ from memory_service.cli.console import (
     when,
 )
 from memory_service.cli.work import tell, watched
-from memory_service.types import OperationState, Snapshot
+from memory_service.types.operations import OperationState
+from memory_service.types.snapshots import Snapshot
 
 app = typer.Typer(no_args_is_help=True, help="Keep memories as snapshots, and make memories of them again.")
 

@@ -19,7 +19,7 @@ from memory_service.cli.console import (
     print_json,
     size,
 )
-from memory_service.types import Stats
+from memory_service.types.memories import Stats
 from memory_service.verbs import GetStats
 
 

@@ -13,7 +13,7 @@ import typer
 from memory_service.cli.console import Json, print_json, print_table, say, when
 from memory_service.errors import NotFound
 from memory_service.server.auth import Token, TokenFile
-from memory_service.types import Role
+from memory_service.types.callers import Role
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke the tokens that a service accepts.")
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from memory_service.cli.console import TARGET, Ca, Insecure, Json, Target, TokenFile, connect, print_json, say
 from memory_service.errors import FailedPrecondition
-from memory_service.types import Operation, OperationKind, OperationState
+from memory_service.types.operations import Operation, OperationKind, OperationState
 
 Name = Annotated[str, typer.Argument(help="The memory's name.")]
 POLL_S = 0.2

@@ -9,20 +9,12 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from memory_service.client.scopes import ScopeLike, scope_of
 from memory_service.errors import AlreadyExists, InvalidArgument
-from memory_service.types import (
-    AttendGroup,
-    AttendOptions,
-    Conflict,
-    Document,
-    DType,
-    Engine,
-    Fingerprint,
-    MemoryInfo,
-    MemorySpec,
-    Scalar,
-    SessionAppend,
-    SessionInfo,
-)
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import Conflict, Document
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.specs import DType, Fingerprint, MemorySpec
 from memory_service.verbs import PutDocument
 
 if TYPE_CHECKING:

@@ -11,7 +11,11 @@ from memory_service.client.connection import AsyncConnection, Opening
 from memory_service.client.opening import TIMEOUT_S, open_async_place
 from memory_service.places.targets import Tls
 from memory_service.settings import StoreOptions
-from memory_service.types import MAX_PAGE_SIZE, MemoryInfo, MemorySpec, Operation, Snapshot, Stats
+from memory_service.types.listings import MAX_PAGE_SIZE
+from memory_service.types.memories import MemoryInfo, Stats
+from memory_service.types.operations import Operation
+from memory_service.types.snapshots import Snapshot
+from memory_service.types.specs import MemorySpec
 from memory_service.verbs import (
     DeleteMemory,
     DeleteSnapshot,

@@ -34,27 +34,16 @@ from memory_service.client.scopes import ScopeLike, scope_of
 from memory_service.filters import Where, filter_of
 from memory_service.places.targets import Tls
 from memory_service.settings import StoreOptions
-from memory_service.types import (
-    MAX_PAGE_SIZE,
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    DocumentInfo,
-    DType,
-    Engine,
-    Fetched,
-    Fingerprint,
-    MemoryInfo,
-    MemorySpec,
-    Operation,
-    OperationKind,
-    Scalar,
-    SessionAppend,
-    Snapshot,
-    Stats,
-    TopTokens,
-    fresh_snapshot_id,
-)
+from memory_service.types.answers import Attended, Fetched, TopTokens
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.listings import MAX_PAGE_SIZE
+from memory_service.types.memories import MemoryInfo, Stats
+from memory_service.types.operations import Operation, OperationKind
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.sessions import SessionAppend
+from memory_service.types.snapshots import Snapshot, fresh_snapshot_id
+from memory_service.types.specs import DType, Fingerprint, MemorySpec
 from memory_service.verbs import (
     AppendSessions,
     Attend,

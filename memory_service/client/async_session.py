@@ -12,7 +12,11 @@ from memory_service.client.arguments import TokenIds, append_of
 from memory_service.client.scopes import ScopeLike, session_scope
 from memory_service.errors import FotError
 from memory_service.filters import Where
-from memory_service.types import Attended, DType, Engine, Fetched, SessionAppend, SessionInfo, SessionScope
+from memory_service.types.answers import Attended, Fetched
+from memory_service.types.questions import Engine
+from memory_service.types.scopes import SessionScope
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.specs import DType
 from memory_service.verbs import CloseSession, RenewSession
 
 if TYPE_CHECKING:

@@ -11,7 +11,10 @@ from typing import Generic, Protocol, TypeVar
 from memory_service.client.arguments import check_same_spec
 from memory_service.errors import DeadlineExceeded, NotFound
 from memory_service.places.place import AsyncPlace, Place
-from memory_service.types import MemoryInfo, MemorySpec, Operation, OperationState, Page
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.operations import Operation, OperationState
+from memory_service.types.specs import MemorySpec
 from memory_service.verbs import CreateMemory, GetMemory, GetOperation, Verb
 
 Answer = TypeVar("Answer")

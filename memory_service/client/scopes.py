@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from memory_service.errors import InvalidArgument
 from memory_service.filters import Where, filter_of
-from memory_service.types import AllOf, Scope, SessionScope
+from memory_service.types.conditions import AllOf
+from memory_service.types.scopes import Scope, SessionScope
 
 ALL_DOCUMENTS = Scope()
 

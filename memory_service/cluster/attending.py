@@ -20,18 +20,12 @@ from memory_service.cluster.sessions import home_of, layer_of
 from memory_service.cluster.steps import Flow, Together, answers, outcomes
 from memory_service.errors import FotError
 from memory_service.shards import Shard, ranked
-from memory_service.types import (
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Coverage,
-    DocumentInfo,
-    DType,
-    Engine,
-    Page,
-    Scope,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Coverage, TopTokens
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.listings import Page
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope
+from memory_service.types.specs import DType
 from memory_service.verbs import Attend, ListDocuments, Search, Verb
 
 _PAGE = 1000

@@ -11,7 +11,10 @@ import torch
 from memory_service.errors import NotFound, Superseded
 from memory_service.places.remote import RemotePlace
 from memory_service.shards import ShardMap, stamp_at
-from memory_service.types import Conflict, Deleted, Document, DocumentInfo, MemoryInfo, MemorySpec, Page
+from memory_service.types.documents import Conflict, Deleted, Document, DocumentInfo
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.specs import MemorySpec
 from memory_service.verbs import (
     DeleteDocument,
     Fetch,

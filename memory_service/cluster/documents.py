@@ -23,7 +23,7 @@ from memory_service.errors import (
     Unavailable,
 )
 from memory_service.shards import Member, Shard
-from memory_service.types import Conflict, DocumentInfo
+from memory_service.types.documents import Conflict, DocumentInfo
 from memory_service.verbs import DeleteDocument, Fetch, GetDocument, GetShardMap, PutDocument, Verb
 
 _TRIES = 5  # Of stamps, where clocks differ.

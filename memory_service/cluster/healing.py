@@ -10,7 +10,8 @@ from memory_service.cluster.copying import CALL_S, Holding, copy, delete, holdin
 from memory_service.errors import NotFound
 from memory_service.places.remote import RemotePlace
 from memory_service.shards import Shard, ShardMap
-from memory_service.types import DocumentInfo, MemoryInfo
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.memories import MemoryInfo
 from memory_service.verbs import CreateMemory, DeleteMemory
 
 

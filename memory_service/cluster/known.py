@@ -12,7 +12,10 @@ from typing import Any
 
 from memory_service.errors import Unavailable
 from memory_service.shards import ShardMap
-from memory_service.types import DocumentInfo, MemorySpec, Scope, SessionInfo
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.scopes import Scope
+from memory_service.types.sessions import SessionInfo
+from memory_service.types.specs import MemorySpec
 from memory_service.verbs import Attend, Fetch, Search, Verb
 
 _SESSIONS = 4096

@@ -16,7 +16,10 @@ from memory_service.cluster.steps import Flow, Together, outcomes
 from memory_service.errors import FotError, InvalidArgument, NotFound, Unavailable
 from memory_service.paging import page_size
 from memory_service.shards import Shard
-from memory_service.types import DocumentInfo, MemoryInfo, Operation, OperationState, Page, Stats
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo, Stats
+from memory_service.types.operations import Operation, OperationState
 from memory_service.verbs import (
     CreateMemory,
     DeleteMemory,

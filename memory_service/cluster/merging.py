@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 from memory_service.attention.exact import merge
-from memory_service.types import (
-    Attended,
-    AttendOptions,
-    Attribution,
-    Coverage,
-    Measured,
-    Partial,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Attribution, Coverage, Measured, Partial, TopTokens
+from memory_service.types.questions import AttendOptions
 
 _SOURCES = 1000  # Named in an attribution, as a single memory does.
 _SHIFT = 40  # Offsets stay below 2**40.

@@ -14,7 +14,7 @@ from memory_service.cluster.copying import CALL_S, Holding, copy, delete, holdin
 from memory_service.errors import FotError, NotFound, Unavailable
 from memory_service.places.remote import RemotePlace
 from memory_service.shards import Shard, ShardMap
-from memory_service.types import MemoryInfo
+from memory_service.types.memories import MemoryInfo
 from memory_service.verbs import CreateMemory, DeleteMemory
 
 Places = Mapping[str, RemotePlace]

@@ -14,7 +14,8 @@ from memory_service.cluster.route import Patience, Route, lost_shard, missing
 from memory_service.cluster.steps import Flow, Pause, Together, outcomes
 from memory_service.errors import FotError, InvalidArgument, SessionExpired, Unavailable
 from memory_service.shards import Shard, ranked
-from memory_service.types import MemorySpec, SessionAppend, SessionInfo
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.specs import MemorySpec
 from memory_service.verbs import AppendSessions, CloseSession, Fetch, GetMemory, OpenSession, RenewSession
 
 PREFIX = "session:"

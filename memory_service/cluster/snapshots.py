@@ -14,15 +14,9 @@ from memory_service.cluster.steps import Flow, Together, answers, outcomes
 from memory_service.errors import AlreadyExists, FailedPrecondition, FotError, NotFound, Unavailable
 from memory_service.paging import page_of
 from memory_service.shards import OTHER_NAME, Shard, stamp_at
-from memory_service.types import (
-    MAX_PAGE_SIZE,
-    Operation,
-    OperationKind,
-    OperationState,
-    Page,
-    Snapshot,
-    check_snapshot_id,
-)
+from memory_service.types.listings import MAX_PAGE_SIZE, Page
+from memory_service.types.operations import Operation, OperationKind, OperationState
+from memory_service.types.snapshots import Snapshot, check_snapshot_id
 from memory_service.verbs import (
     CancelOperation,
     CreateSnapshot,

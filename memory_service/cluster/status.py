@@ -11,7 +11,7 @@ from memory_service.cluster.healing import differences as differences_of
 from memory_service.cluster.place import Lines
 from memory_service.errors import FotError
 from memory_service.shards import Member, Shard, ShardMap
-from memory_service.types import Stats
+from memory_service.types.memories import Stats
 from memory_service.verbs import GetStats
 
 _CALL_S = 60.0

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import MemorySpec
+from memory_service.types.specs import MemorySpec
 
 MAX_LISTS = 16_384
 MAX_PARAM = 65_536

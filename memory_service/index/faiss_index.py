@@ -35,7 +35,8 @@ from memory_service.index.factories import (
 )
 from memory_service.index.unit import Bits, HeadIndex, IndexedDocument, IndexUnit
 from memory_service.storage.vfs import Buffer, Vfs
-from memory_service.types import Cancel, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.specs import MemorySpec
 
 Read = Callable[[int, int], Tensor]
 """(document position, layer index) -> keys [H, T, D] in the memory's dtype."""

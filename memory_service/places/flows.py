@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 from memory_service.errors import DeadlineExceeded, FotError, NotFound, ResourceExhausted, Unavailable
 from memory_service.pieces import Piece, cut_appends, cut_attend, join_appends, join_attended, join_top_tokens
 from memory_service.places.payload import check_shape, check_token_ids
-from memory_service.types import Document, DocumentInfo, Upload
+from memory_service.types.documents import Document, DocumentInfo
+from memory_service.types.uploads import Upload
 from memory_service.verbs import (
     AbortUpload,
     AppendSessions,

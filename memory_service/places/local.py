@@ -14,7 +14,8 @@ from memory_service.pieces import cut_attend, join_attended
 from memory_service.places.place import closed
 from memory_service.places.targets import IN_MEMORY
 from memory_service.settings import StoreOptions
-from memory_service.types import MAX_QUERIES, Cancel, Identity, Role
+from memory_service.types.callers import Cancel, Identity, Role
+from memory_service.types.questions import MAX_QUERIES
 from memory_service.verbs import Attend, Verb
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from memory_service.checksums import crc32
 from memory_service.errors import InvalidArgument
-from memory_service.types import Chunk, Document, MemorySpec, Upload
+from memory_service.types.documents import Document
+from memory_service.types.specs import MemorySpec
+from memory_service.types.uploads import Chunk, Upload
 
 
 def payload_bytes(document: Document) -> int:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from memory_service.errors import ResourceExhausted
 from memory_service.server.metrics import Metrics
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 Answer = TypeVar("Answer")
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from memory_service.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
-from memory_service.types import Identity, Role, check_name
+from memory_service.types.callers import Identity, Role
+from memory_service.types.names import check_name
 from memory_service.verbs import ListDeleted, ListDocuments, ListMemories, ListOperations, ListSnapshots
 
 PREFIX = "fot_"

@@ -28,7 +28,7 @@ from memory_service.errors import (
 from memory_service.process.logs import event
 from memory_service.server.auth import EVERYONE, TokenFile
 from memory_service.server.metrics import Metrics
-from memory_service.types import Identity, Role
+from memory_service.types.callers import Identity, Role
 from memory_service.wire.codec import EPOCH, SERVICE
 from memory_service.wire.statuses import write_error
 

@@ -16,7 +16,9 @@ from memory_service.server.auth import PageTokens
 from memory_service.server.interceptors import Call
 from memory_service.server.metrics import Metrics
 from memory_service.settings import ServerSettings
-from memory_service.types import Cancel, Chunk, Identity, Page
+from memory_service.types.callers import Cancel, Identity
+from memory_service.types.listings import Page
+from memory_service.types.uploads import Chunk
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.verbs import (
     AbortUpload,

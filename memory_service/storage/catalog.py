@@ -27,7 +27,7 @@ from memory_service.storage.parts import (
 from memory_service.storage.records import Committed, DocumentRow, MemoryRow, RequestRow, SegmentRow
 from memory_service.storage.schema import DIGESTED
 from memory_service.storage.vfs import OsVfs, Vfs
-from memory_service.types import Operation, OperationKind, OperationState
+from memory_service.types.operations import Operation, OperationKind, OperationState
 
 REQUEST_DAYS = 7  # How long the answer to a request id is remembered.
 

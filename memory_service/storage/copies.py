@@ -9,7 +9,8 @@ from memory_service.errors import DataLoss
 from memory_service.storage.parts import SegmentRef
 from memory_service.storage.reading import SegmentReader
 from memory_service.storage.vfs import CannotLink, Vfs
-from memory_service.types import Cancel, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.specs import MemorySpec
 
 
 class Copies:

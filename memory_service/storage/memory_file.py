@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memory_service.checksums import crc32
 from memory_service.errors import DataLoss
 from memory_service.storage.parts import spec_from_json, spec_to_json
-from memory_service.types import MemorySpec
+from memory_service.types.specs import MemorySpec
 
 FORMAT = "fot.memory.v1"
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, InvalidArgument
-from memory_service.types import DType, Fingerprint, IndexPolicy, MemorySpec, Scalar
+from memory_service.types.conditions import Scalar
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
 
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 256 << 20

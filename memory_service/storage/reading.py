@@ -20,7 +20,8 @@ from memory_service.checksums import crc32
 from memory_service.errors import DataLoss
 from memory_service.storage.parts import CHUNK_BYTES, MAX_HEADER_BYTES, PartRef, SegmentRef, Which, decode_header
 from memory_service.storage.vfs import File, Vfs
-from memory_service.types import Cancel, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.specs import MemorySpec
 
 OPEN_FILES = 256
 

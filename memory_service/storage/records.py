@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memory_service.storage.parts import SegmentRef
-from memory_service.types import MemorySpec, Scalar
+from memory_service.types.conditions import Scalar
+from memory_service.types.specs import MemorySpec
 
 
 @dataclass(frozen=True, slots=True)

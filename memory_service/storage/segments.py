@@ -38,7 +38,8 @@ from memory_service.storage.reading import SegmentReader, writable_bytes
 from memory_service.storage.staging import FilePayload, RamPayload, Staging
 from memory_service.storage.tombstones import EVERYTHING, Tombstone, Tombstones
 from memory_service.storage.vfs import Vfs, replace_file
-from memory_service.types import Cancel, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.specs import MemorySpec
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 RESTORING = "restoring.new"  # Stands in the directory of a memory until the catalogue knows that it was restored.

@@ -18,7 +18,10 @@ from memory_service.errors import DataLoss, FotError
 from memory_service.shards import MAX_SHARDS
 from memory_service.storage.memory_file import MemoryFile
 from memory_service.storage.parts import SEGMENT_NAME, SegmentRef, spec_from_json, spec_to_json
-from memory_service.types import MemorySpec, Snapshot, check_document_id, check_name, check_snapshot_id
+from memory_service.types.documents import check_document_id
+from memory_service.types.names import check_name
+from memory_service.types.snapshots import Snapshot, check_snapshot_id
+from memory_service.types.specs import MemorySpec
 
 FORMAT = "fot.snapshot.v1"
 DESCRIPTION = "snapshot.json"

@@ -40,7 +40,7 @@ from memory_service.storage.snapshot_file import (
     tenant_directory,
 )
 from memory_service.storage.vfs import StorageFailed, Vfs, replace_file
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from memory_service import checksums
 from memory_service.errors import FailedPrecondition, FotError, InvalidArgument
 from memory_service.storage.parts import CHUNK_BYTES, FILE_HEADER_BYTES, PartLayout
 from memory_service.storage.vfs import Buffer, File, Vfs
-from memory_service.types import DType
+from memory_service.types.specs import DType
 
 SYNC_BYTES = 32 << 20  # Written bytes that start a sync in the background, so that the commit's own is short.
 # The bit patterns of infinity: those of NaN lie above, those of finite numbers of the same sign below.

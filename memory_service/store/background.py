@@ -13,7 +13,8 @@ from memory_service.storage.vfs import StorageFailed
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.operations import Operations, give_way
 from memory_service.store.upkeep import Upkeep
-from memory_service.types import Cancel, OperationKind, OperationState
+from memory_service.types.callers import Cancel
+from memory_service.types.operations import OperationKind, OperationState
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from memory_service.storage.snapshot_file import tenant_directory
 from memory_service.storage.snapshot_files import Found, SnapshotFiles
 from memory_service.storage.vfs import Vfs, replace_file
 from memory_service.store.restores import Restores
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 NOTE = "BEGINNING"
 

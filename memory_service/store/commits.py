@@ -25,7 +25,7 @@ from memory_service.storage.staging import RamPayload, Staging
 from memory_service.storage.vfs import StorageFailed
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.uploads import Request
-from memory_service.types import Conflict, DocumentInfo
+from memory_service.types.documents import Conflict, DocumentInfo
 
 _BATCH_BYTES = 256 << 20
 _BATCH_DOCUMENTS = 512

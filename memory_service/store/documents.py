@@ -21,7 +21,10 @@ from memory_service.storage.vfs import StorageFailed
 from memory_service.store.commits import Commits, Job
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.uploads import PendingUpload, Request, Uploads
-from memory_service.types import Chunk, Deleted, Document, DocumentInfo, MemorySpec, Page, Upload
+from memory_service.types.documents import Deleted, Document, DocumentInfo
+from memory_service.types.listings import Page
+from memory_service.types.specs import MemorySpec
+from memory_service.types.uploads import Chunk, Upload
 
 
 class Documents:

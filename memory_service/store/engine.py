@@ -22,22 +22,11 @@ from memory_service.store.indexed import candidates, covered, tail
 from memory_service.store.live_memory import LiveDocument, LiveMemory, Plan
 from memory_service.store.recent import Found, Recent, digest
 from memory_service.store.sessions import Session
-from memory_service.types import (
-    MAX_GROUPS,
-    MAX_QUERIES,
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Attribution,
-    Cancel,
-    Coverage,
-    Engine,
-    Filter,
-    Measured,
-    MemorySpec,
-    Partial,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Attribution, Coverage, Measured, Partial, TopTokens
+from memory_service.types.callers import Cancel
+from memory_service.types.conditions import Filter
+from memory_service.types.questions import MAX_GROUPS, MAX_QUERIES, AttendGroup, AttendOptions, Engine
+from memory_service.types.specs import MemorySpec
 from memory_service.verbs import Attend
 
 _COLD_BYTES = 32 << 20  # Keys and values of cold documents looked at together.

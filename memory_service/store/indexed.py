@@ -18,7 +18,7 @@ from memory_service.attention.slabs import Run, Slab, join
 from memory_service.index.factories import default_candidates
 from memory_service.index.unit import IndexUnit
 from memory_service.store.live_memory import LiveDocument, LiveMemory, Plan
-from memory_service.types import AttendOptions
+from memory_service.types.questions import AttendOptions
 
 _GAP = 256  # Cold tokens nearer than this to each other are read in one go.
 _COLD = -1

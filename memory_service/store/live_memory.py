@@ -23,7 +23,11 @@ from memory_service.shards import Placement
 from memory_service.storage.parts import SegmentRef
 from memory_service.storage.records import DocumentRow, MemoryRow
 from memory_service.storage.segments import SegmentFiles
-from memory_service.types import Cancel, DocumentInfo, Filter, MemoryInfo, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.conditions import Filter
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.specs import MemorySpec
 
 _PIECE_BYTES = 16 << 20  # Read from disk at a time.
 _PLANS = 16  # Scopes whose meaning is remembered until the next change.

@@ -25,7 +25,9 @@ from memory_service.storage.tombstones import Tombstone
 from memory_service.storage.vfs import StorageFailed
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.upkeep import Upkeep
-from memory_service.types import MemoryInfo, Page, check_name
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.names import check_name
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,9 @@ from memory_service.errors import Cancelled, FotError, InvalidArgument, NotFound
 from memory_service.paging import page_size
 from memory_service.storage.catalog import Catalog
 from memory_service.storage.vfs import StorageFailed
-from memory_service.types import Cancel, Operation, OperationKind, OperationState, Page
+from memory_service.types.callers import Cancel
+from memory_service.types.listings import Page
+from memory_service.types.operations import Operation, OperationKind, OperationState
 from memory_service.verbs import ListOperations
 
 log = logging.getLogger(__name__)

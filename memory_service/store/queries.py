@@ -20,7 +20,9 @@ from memory_service.store.live_memory import LiveMemory
 from memory_service.store.memories import Memories
 from memory_service.store.recent import Recent
 from memory_service.store.sessions import Session, Sessions
-from memory_service.types import Attended, AttendGroup, Cancel, Fetched, TopTokens
+from memory_service.types.answers import Attended, Fetched, TopTokens
+from memory_service.types.callers import Cancel
+from memory_service.types.questions import AttendGroup
 
 _PIECE_BYTES = 16 << 20  # Of queries and answers looked at together: at most 32 times as much working memory.
 

@@ -13,7 +13,8 @@ from memory_service.storage.snapshot_file import MAX_TIME, Contents, Description
 from memory_service.storage.snapshot_files import Found, SnapshotFiles
 from memory_service.storage.tombstones import Tombstone
 from memory_service.store.uploads import Request
-from memory_service.types import Cancel, Conflict
+from memory_service.types.callers import Cancel
+from memory_service.types.documents import Conflict
 
 
 def described(files: SnapshotFiles, one: Found) -> Description:

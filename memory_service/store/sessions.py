@@ -14,7 +14,8 @@ from memory_service.attention.exact import is_finite
 from memory_service.attention.slabs import Run, Slab, clip, slab_rows
 from memory_service.errors import InvalidArgument, QuotaExceeded, ResourceExhausted, SessionExpired
 from memory_service.settings import StoreOptions
-from memory_service.types import MemorySpec, SessionAppend, SessionInfo
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.specs import MemorySpec
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{16,128}")
 

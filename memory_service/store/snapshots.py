@@ -26,16 +26,10 @@ from memory_service.storage.vfs import StorageFailed
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.membership import Membership
 from memory_service.store.operations import Operations
-from memory_service.types import (
-    Cancel,
-    Operation,
-    OperationKind,
-    OperationState,
-    Page,
-    Snapshot,
-    check_snapshot_id,
-    fresh_snapshot_id,
-)
+from memory_service.types.callers import Cancel
+from memory_service.types.listings import Page
+from memory_service.types.operations import Operation, OperationKind, OperationState
+from memory_service.types.snapshots import Snapshot, check_snapshot_id, fresh_snapshot_id
 
 log = logging.getLogger(__name__)
 

@@ -40,16 +40,12 @@ from memory_service.store.restores import Restores
 from memory_service.store.sessions import Sessions
 from memory_service.store.snapshots import Snapshots
 from memory_service.store.upkeep import Upkeep
-from memory_service.types import (
-    Cancel,
-    Chunk,
-    Identity,
-    Operation,
-    OperationKind,
-    Page,
-    SessionInfo,
-    Stats,
-)
+from memory_service.types.callers import Cancel, Identity
+from memory_service.types.listings import Page
+from memory_service.types.memories import Stats
+from memory_service.types.operations import Operation, OperationKind
+from memory_service.types.sessions import SessionInfo
+from memory_service.types.uploads import Chunk
 from memory_service.verbs import Verb
 
 log = logging.getLogger(__name__)

@@ -15,17 +15,16 @@ from memory_service.settings import StoreOptions
 from memory_service.storage.parts import CHUNK_BYTES, SMALL_PART_BYTES, PartLayout, part_ranges, part_tokens
 from memory_service.storage.staging import Staging
 from memory_service.store.live_memory import LiveMemory
-from memory_service.types import (
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import (
     MAX_DOCUMENT_TOKENS,
     MAX_METADATA_BYTES,
     MAX_METADATA_KEYS,
-    Chunk,
     Conflict,
     DocumentInfo,
-    Scalar,
-    Upload,
     check_document_id,
 )
+from memory_service.types.uploads import Chunk, Upload
 
 Stage = Callable[[LiveMemory, PartLayout], Staging]
 

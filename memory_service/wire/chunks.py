@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memory_service.types import Chunk
+from memory_service.types.uploads import Chunk
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire.messages import parse
 

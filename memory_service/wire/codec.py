@@ -13,16 +13,10 @@ from memory_service import verbs as v
 from memory_service.checksums import crc32
 from memory_service.errors import DataLoss, InvalidArgument
 from memory_service.shards import Placement
-from memory_service.types import (
-    MAX_GROUPS,
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Document,
-    Fetched,
-    Page,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Fetched, TopTokens
+from memory_service.types.documents import Document
+from memory_service.types.listings import Page
+from memory_service.types.questions import MAX_GROUPS, AttendGroup, AttendOptions
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire import cluster_messages as c
 from memory_service.wire import messages as m

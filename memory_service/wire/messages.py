@@ -11,25 +11,14 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import (
-    Conflict,
-    Deleted,
-    DocumentInfo,
-    DType,
-    Fingerprint,
-    IndexPolicy,
-    MemoryInfo,
-    MemorySpec,
-    Operation,
-    OperationKind,
-    OperationState,
-    Scalar,
-    SessionAppend,
-    SessionInfo,
-    Snapshot,
-    Stats,
-    Upload,
-)
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import Conflict, Deleted, DocumentInfo
+from memory_service.types.memories import MemoryInfo, Stats
+from memory_service.types.operations import Operation, OperationKind, OperationState
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.snapshots import Snapshot
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
+from memory_service.types.uploads import Upload
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire.tensors import INTEGERS, read_tensor, write_tensor
 

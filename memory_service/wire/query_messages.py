@@ -8,26 +8,11 @@ from types import MappingProxyType
 import torch
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import (
-    MAX_GROUPS,
-    AllOf,
-    AnyOf,
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Attribution,
-    Compare,
-    Condition,
-    Coverage,
-    DType,
-    Engine,
-    Filter,
-    Measured,
-    Not,
-    Scope,
-    SessionScope,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Attribution, Coverage, Measured, TopTokens
+from memory_service.types.conditions import AllOf, AnyOf, Compare, Condition, Filter, Not
+from memory_service.types.questions import MAX_GROUPS, AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope, SessionScope
+from memory_service.types.specs import DType
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire.messages import DTYPE, by_number, check_count, read_scalar, read_word, write_scalar
 from memory_service.wire.tensors import read_tensor, write_tensor

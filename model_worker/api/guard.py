@@ -13,7 +13,7 @@ from grpc import aio
 
 from memory_service.errors import DeadlineExceeded, FotError, Internal, PermissionDenied
 from memory_service.process.logs import event
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from memory_service.wire.statuses import WireStatus, write_error
 from model_worker.api.keys import Keys, check_role
 from model_worker.api.policy import POLICY, SERVICE

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from memory_service.errors import DeadlineExceeded, FotError, InvalidArgument, NotFound
-from memory_service.types import Identity, Role
+from memory_service.types.callers import Identity, Role
 from model_worker.api.answers import Answer
 from model_worker.api.gate import Gate
 from model_worker.api.keys import Keys, check_role

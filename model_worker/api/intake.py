@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from memory_service import Memory
 from memory_service.errors import InvalidArgument, ResourceExhausted
-from memory_service.types import Scalar, check_document_id
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import check_document_id
 from model_worker.corpus import Source
 from model_worker.corpus.source import fitting
 from model_worker.decoder.model import FotModel

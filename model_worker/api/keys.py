@@ -8,7 +8,7 @@ from pathlib import Path
 from memory_service.errors import FailedPrecondition, FotError, PermissionDenied, Unauthenticated
 from memory_service.process.logs import event
 from memory_service.server.auth import EVERYONE, TokenFile
-from memory_service.types import Identity, Role
+from memory_service.types.callers import Identity, Role
 
 
 class Keys:

@@ -6,7 +6,7 @@ import math
 
 from memory_service import ALL_DOCUMENTS, DocumentInfo, MemoryInfo
 from memory_service.errors import InvalidArgument
-from memory_service.types import Scalar
+from memory_service.types.conditions import Scalar
 from model_worker.answering.answers import Sampling
 from model_worker.api.worker import Look
 from model_worker.recall.sources import TELLING, Sources, Telling

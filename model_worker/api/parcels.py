@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memory_service import Memory
 from memory_service.errors import InvalidArgument
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from model_worker.api.intake import source_of
 from model_worker.api.limits import BATCH_BYTES, BATCH_DOCUMENTS
 from model_worker.api.messages import read_metadata

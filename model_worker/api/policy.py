@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memory_service.types import Role
+from memory_service.types.callers import Role
 from model_worker.v1 import model_worker_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ModelWorker"].full_name

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from memory_service.errors import InvalidArgument, NotFound
 from memory_service.filters import filter_of
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from memory_service.verbs import ListDocuments
 from model_worker.api.answers import Answer
 from model_worker.api.messages import (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from memory_service import Client, Memory, MemorySpec, NotFound, PermissionDenied, Tls, Unauthenticated
 from memory_service.server.auth import EVERYONE
-from memory_service.types import Identity, check_name
+from memory_service.types.callers import Identity
+from memory_service.types.names import check_name
 from model_worker.api.keys import Keys
 
 TIMEOUT_S = 60.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from memory_service import ALL_DOCUMENTS, Memory, ScopeLike
 from memory_service.errors import InvalidArgument, NotFound
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from model_worker.answering.answers import GREEDY, Sampling
 from model_worker.api.answers import Answer
 from model_worker.api.intake import Intake

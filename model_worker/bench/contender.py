@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memory_service.client import Memory
 from memory_service.errors import InvalidArgument
-from memory_service.types import IndexPolicy, OperationState
+from memory_service.types.operations import OperationState
+from memory_service.types.specs import IndexPolicy
 from model_worker.bench.reference import Cache, Reference
 from model_worker.bench.subject import PLANTED_TOKENS, Mode, Quality, Setup
 from model_worker.decoder.fitting import spec_of

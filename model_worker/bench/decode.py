@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from memory_service.bench.harness import Figures, Progress, Result, ratio, say, scratch, served, show
 from memory_service.bench.synthetic import Head
 from memory_service.client import Client
-from memory_service.types import DType, Engine
+from memory_service.types.questions import Engine
+from memory_service.types.specs import DType
 from model_worker.bench.geometry import QUICK, Geometry
 from model_worker.bench.launch import launch
 from model_worker.bench.subject import PLANTED_TOKENS, Measured, Mode, Quality, Setup, Subject

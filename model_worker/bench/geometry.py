@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memory_service.types import DType
+from memory_service.types.specs import DType
 from model_worker.settings import Cut, FotConfig, Overflow, SelfExtend
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_service.bench.harness import Figures, Progress, Result, ratio, say, scratch, served, show
-from memory_service.types import DType
+from memory_service.types.specs import DType
 from model_worker.bench.geometry import QUICK, Geometry
 from model_worker.bench.launch import launch
 from model_worker.bench.subject import Measured, Setup

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from memory_service.errors import Unavailable
-from memory_service.types import DType
+from memory_service.types.specs import DType
 from model_worker.bench.geometry import Geometry
 from model_worker.settings import FotConfig, Recall, SelfExtend
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import DType
+from memory_service.types.specs import DType
 from model_worker.cli.crew import Address
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from model_worker.corpus import Choice, Notes, Reading, places, read
 
 if TYPE_CHECKING:
     from memory_service import DocumentInfo, DType, Memory
-    from memory_service.types import MemoryInfo, Scalar
+    from memory_service.types.conditions import Scalar
+    from memory_service.types.memories import MemoryInfo
     from model_worker.ingestion.ingest import Parts
     from model_worker.ingestion.intake import IngestReport
 

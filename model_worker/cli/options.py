@@ -14,7 +14,7 @@ import typer
 
 from memory_service import ALL_DOCUMENTS, DType
 from memory_service.errors import InvalidArgument
-from memory_service.types import Scalar
+from memory_service.types.conditions import Scalar
 from model_worker.settings import LogitScaling, Recall, SelfExtend
 
 TARGET = "grpc://127.0.0.1:7070"  # As the other commands of fot.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import Scalar, check_document_id
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import check_document_id
 from model_worker.corpus.dataset import read_dataset
 from model_worker.corpus.files import Choice, Format, Found, find
 from model_worker.corpus.jsonl import read_jsonl

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 from uuid import UUID
 
-from memory_service.types import MAX_METADATA_BYTES, MAX_METADATA_KEYS, Scalar
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import MAX_METADATA_BYTES, MAX_METADATA_KEYS
 
 # Room for what is written down about the encoding, see ingest.py.
 RESERVED_PREFIX = "fot."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memory_service import Attended, Partial, Scope, SessionScope
-from memory_service.types import SessionAppend
+from memory_service.types.sessions import SessionAppend
 from model_worker.attention.room import Room
 from model_worker.decoder.repeats import Repeats
 from model_worker.decoder.steps import LoadStep, Piece, Store, spread

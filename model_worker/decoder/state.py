@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memory_service import Attended, FotError, Memory, Partial, Scope
 from memory_service.errors import FailedPrecondition, InvalidArgument
-from memory_service.types import SessionAppend
+from memory_service.types.sessions import SessionAppend
 from model_worker.decoder.steps import spread
 from model_worker.decoder.window import Window
 from model_worker.errors import InputTooLong

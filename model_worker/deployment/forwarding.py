@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from memory_service.errors import FotError, InvalidArgument
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from model_worker.api.limits import BATCH_BYTES, BATCH_DOCUMENTS
 from model_worker.v1 import model_worker_pb2 as pb
 

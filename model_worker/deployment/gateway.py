@@ -8,7 +8,7 @@ from pathlib import Path
 from ray import serve
 
 from memory_service.errors import FotError
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from model_worker.api.guard import Rules
 from model_worker.api.keys import Keys
 from model_worker.api.limits import Limits

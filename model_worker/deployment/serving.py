@@ -22,7 +22,7 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 
 from memory_service.errors import FotError, InvalidArgument
 from memory_service.server.server import split_address
-from memory_service.types import Identity
+from memory_service.types.callers import Identity
 from model_worker import reference
 from model_worker.api.http import http_app
 from model_worker.api.rpcs import Rpcs

@@ -11,7 +11,9 @@ from typing import TypeVar
 from memory_service import DeadlineExceeded, FailedPrecondition, IndexPolicy, Memory, MemorySpec, NotFound, Unavailable
 from memory_service.client import Client
 from memory_service.client.connection import Connection
-from memory_service.types import MemoryInfo, OperationState, SessionAppend
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.operations import OperationState
+from memory_service.types.sessions import SessionAppend
 
 Kind = TypeVar("Kind", bound=Memory)
 

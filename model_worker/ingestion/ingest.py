@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from memory_service import DocumentInfo, Memory, MemorySpec
-from memory_service.types import Scalar
+from memory_service.types.conditions import Scalar
 from model_worker.corpus import Notes, Source
 from model_worker.decoder.fitting import check_spec
 from model_worker.ingestion.encoding import Encoded, Encoder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memory_service import AlreadyExists, Compare, Condition, DocumentInfo, Memory, NotFound
-from memory_service.types import Scalar
+from memory_service.types.conditions import Scalar
 from model_worker.corpus import LeftOut, Note, Notes, Source, token_ids, tokenizer_digest
 from model_worker.corpus.source import RESERVED_PREFIX
 from model_worker.ingestion.encoding import Encoder

@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from memory_service import AlreadyExists, DocumentInfo, Memory
-from memory_service.types import Scalar
+from memory_service.types.conditions import Scalar
 
 WRITERS = 8  # Puts at once: those that commit together share one sync of the disk.
 MOST_BYTES = 512 << 20

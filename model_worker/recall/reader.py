@@ -24,7 +24,7 @@ from memory_service import (
     SessionScope,
     Unavailable,
 )
-from memory_service.types import SessionAppend
+from memory_service.types.sessions import SessionAppend
 from model_worker.settings import Recall
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from ray import serve
 from memory_service import Client, InvalidArgument
 from memory_service.errors import NotFound, Unauthenticated
 from memory_service.server.auth import TokenFile
-from memory_service.types import Role
+from memory_service.types.callers import Role
 from memory_service.wire.statuses import read_error
 from model_worker import reference
 from model_worker.api.server import Addresses

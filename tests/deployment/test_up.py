@@ -16,7 +16,7 @@ import ray
 
 from memory_service import FotError, InvalidArgument, Memory, NotFound, Tls
 from memory_service.server.auth import TokenFile
-from memory_service.types import Role
+from memory_service.types.callers import Role
 from model_worker.deployment import memory_cluster
 from model_worker.deployment.connection import clusters
 from model_worker.deployment.local_ray import LocalRay

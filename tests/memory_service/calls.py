@@ -10,7 +10,11 @@ import grpc
 import torch
 
 from memory_service.errors import FotError
-from memory_service.types import AttendGroup, AttendOptions, Cancel, Chunk, Fingerprint, Identity, MemorySpec, Scope
+from memory_service.types.callers import Cancel, Identity
+from memory_service.types.questions import AttendGroup, AttendOptions
+from memory_service.types.scopes import Scope
+from memory_service.types.specs import Fingerprint, MemorySpec
+from memory_service.types.uploads import Chunk
 from memory_service.verbs import Attend, Verb
 from memory_service.wire.codec import RPCS, UPLOAD_CHUNKS
 from memory_service.wire.statuses import read_error, write_error

@@ -12,7 +12,10 @@ from memory_service import verbs
 from memory_service.errors import FotError
 from memory_service.storage.vfs import CannotLink, OsVfs
 from memory_service.store.store import Store
-from memory_service.types import DocumentInfo, Identity, MemorySpec, Operation, OperationState
+from memory_service.types.callers import Identity
+from memory_service.types.documents import DocumentInfo
+from memory_service.types.operations import Operation, OperationState
+from memory_service.types.specs import MemorySpec
 from tests.memory_service.oracle import ME, attend, document, put, spec_of
 
 SPEC = spec_of(dim=8)

@@ -21,30 +21,15 @@ from memory_service.errors import FotError
 from memory_service.storage import parts, segments
 from memory_service.store import commits, engine, live_memory
 from memory_service.store.store import Store
-from memory_service.types import (
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Cancel,
-    Conflict,
-    Document,
-    DocumentInfo,
-    DType,
-    Engine,
-    Fingerprint,
-    Identity,
-    IndexPolicy,
-    MemorySpec,
-    Operation,
-    OperationKind,
-    OperationState,
-    Partial,
-    Role,
-    Scalar,
-    Scope,
-    SessionAppend,
-    TopTokens,
-)
+from memory_service.types.answers import Attended, Partial, TopTokens
+from memory_service.types.callers import Cancel, Identity, Role
+from memory_service.types.conditions import Scalar
+from memory_service.types.documents import Conflict, Document, DocumentInfo
+from memory_service.types.operations import Operation, OperationKind, OperationState
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope
+from memory_service.types.sessions import SessionAppend
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
 
 ME = Identity("default", Role.ADMIN)
 MODEL = Fingerprint("model", "1")

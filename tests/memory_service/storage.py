@@ -12,7 +12,8 @@ from memory_service.storage.catalog import Catalog
 from memory_service.storage.parts import PartHeader, PartLayout, SegmentRef, part_ranges
 from memory_service.storage.segments import SegmentFiles
 from memory_service.storage.staging import Staging
-from memory_service.types import DType, Fingerprint, MemorySpec, Scalar
+from memory_service.types.conditions import Scalar
+from memory_service.types.specs import DType, Fingerprint, MemorySpec
 
 SPEC = MemorySpec(Fingerprint("tiny", "1", "abc", '{"theta":10000.0}'), layers=(1, 3), kv_heads=2, head_dim=8)
 KEY = "0123abcd"

@@ -19,7 +19,11 @@ from memory_service.attention.exact import Dense, TopK, group_heads, merge
 from memory_service.attention.scan import Arena, Chunk
 from memory_service.attention.slabs import largest_norms
 from memory_service.store.store import Store
-from memory_service.types import AttendGroup, AttendOptions, Cancel, DType, Engine, Partial, Scope
+from memory_service.types.answers import Partial
+from memory_service.types.callers import Cancel
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope
+from memory_service.types.specs import DType
 from tests.memory_service.oracle import (
     F32_BAR,
     ME,

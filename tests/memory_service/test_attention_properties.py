@@ -24,22 +24,12 @@ from memory_service.attention import scan
 from memory_service.errors import NotFound
 from memory_service.settings import StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import (
-    AllOf,
-    AnyOf,
-    Compare,
-    Condition,
-    Document,
-    DType,
-    Filter,
-    MemorySpec,
-    Not,
-    OperationKind,
-    OperationState,
-    Scope,
-    SessionAppend,
-    SessionScope,
-)
+from memory_service.types.conditions import AllOf, AnyOf, Compare, Condition, Filter, Not
+from memory_service.types.documents import Document
+from memory_service.types.operations import OperationKind, OperationState
+from memory_service.types.scopes import Scope, SessionScope
+from memory_service.types.sessions import SessionAppend
+from memory_service.types.specs import DType, MemorySpec
 from tests.memory_service.oracle import (
     ME,
     Source,

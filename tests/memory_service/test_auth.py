@@ -31,20 +31,14 @@ from memory_service.server.interceptors import POLICY
 from memory_service.server.server import running
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import (
-    AttendGroup,
-    AttendOptions,
-    Chunk,
-    Compare,
-    Condition,
-    Document,
-    Identity,
-    OperationKind,
-    Role,
-    Scope,
-    SessionAppend,
-    SessionScope,
-)
+from memory_service.types.callers import Identity, Role
+from memory_service.types.conditions import Compare, Condition
+from memory_service.types.documents import Document
+from memory_service.types.operations import OperationKind
+from memory_service.types.questions import AttendGroup, AttendOptions
+from memory_service.types.scopes import Scope, SessionScope
+from memory_service.types.sessions import SessionAppend
+from memory_service.types.uploads import Chunk
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire.chunks import encode_chunk
 from memory_service.wire.codec import RPCS, SERVICE

@@ -24,7 +24,7 @@ from memory_service.shards import Shard, ShardMap
 from memory_service.storage.vfs import StorageFailed
 from memory_service.store.beginning import NOTE
 from memory_service.store.store import Store
-from memory_service.types import Identity, Role
+from memory_service.types.callers import Identity, Role
 from tests.memory_service.kept import SPEC, TwoDisks, done, filled, look, names
 from tests.memory_service.oracle import ME, document, put
 from tests.memory_service.test_cli import served

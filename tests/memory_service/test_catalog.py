@@ -18,7 +18,7 @@ from memory_service.storage import database, schema
 from memory_service.storage.catalog import Catalog
 from memory_service.storage.parts import PartHeader, SegmentRef, encode_header
 from memory_service.storage.records import MemoryRow, RequestRow
-from memory_service.types import Operation, OperationKind, OperationState
+from memory_service.types.operations import Operation, OperationKind, OperationState
 from tests.memory_service.faults import flip_bit, truncate, zero_page
 from tests.memory_service.storage import KEY, SPEC
 

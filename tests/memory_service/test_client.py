@@ -47,7 +47,7 @@ from memory_service import (
 )
 from memory_service.attention.exact import attend
 from memory_service.server.auth import TokenFile
-from memory_service.types import Role
+from memory_service.types.callers import Role
 from tests.memory_service.places import QUIET, SYNC_AND_ASYNC, serving
 from tests.ports import own_port
 

@@ -39,7 +39,8 @@ from memory_service.places.remote import RemotePlace
 from memory_service.server.auth import TokenFile
 from memory_service.shards import Shard, ShardMap, Stamps, stamp_at
 from memory_service.store.store import Store
-from memory_service.types import Conflict, Document, DocumentInfo, Identity, Role
+from memory_service.types.callers import Identity, Role
+from memory_service.types.documents import Conflict, Document, DocumentInfo
 from memory_service.verbs import (
     CreateMemory,
     DeleteDocument,

@@ -21,7 +21,7 @@ from memory_service.cluster.options import ClusterOptions
 from memory_service.cluster.place import ClusterPlace, Lines
 from memory_service.places.remote import Line
 from memory_service.shards import Shard, ShardMap
-from memory_service.types import Document
+from memory_service.types.documents import Document
 from memory_service.verbs import GetDocument, ListDocuments, PutDocument
 from tests.memory_service.clusters import LAYER, SPEC, Process, drawn, processes, target, until
 

@@ -7,7 +7,7 @@ import pytest
 
 from memory_service.errors import Cancelled
 from memory_service.index.clustering import Floats, Ints, distinct, outlier_reach, train_centroids
-from memory_service.types import Cancel
+from memory_service.types.callers import Cancel
 
 
 def nearest(centroids: Floats, rows: Floats) -> tuple[Floats, Ints]:

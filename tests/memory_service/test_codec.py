@@ -14,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memory_service import types as t
 from memory_service import verbs as v
 from memory_service.errors import DataLoss, InvalidArgument
 from memory_service.shards import Member, Placement, Shard, ShardMap
+from memory_service.types.answers import Attended, Attribution, Coverage, Fetched, Measured, TopTokens
+from memory_service.types.conditions import AllOf, AnyOf, Compare, Condition, Not, Scalar
+from memory_service.types.documents import Conflict, Deleted, Document, DocumentInfo
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo, Stats
+from memory_service.types.operations import Operation, OperationKind, OperationState
+from memory_service.types.questions import MAX_TOP_K, AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope, SessionScope
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.snapshots import Snapshot
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
+from memory_service.types.uploads import Chunk, Upload
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire.chunks import UploadPiece, decode_chunk, encode_chunk
 from memory_service.wire.codec import (
@@ -37,7 +48,7 @@ LEASE = st.integers(0, 10**9).map(lambda milliseconds: milliseconds / 1000)
 SCALAR = TEXT | INT64 | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
 METADATA = st.dictionaries(TEXT, SCALAR, max_size=3)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-FINGERPRINT = st.builds(t.Fingerprint, TEXT, TEXT, TEXT, TEXT)
+FINGERPRINT = st.builds(Fingerprint, TEXT, TEXT, TEXT, TEXT)
 
 
 @st.composite
@@ -49,52 +60,52 @@ def tensors(draw: st.DrawFn, dimensions: int, dtypes: tuple[torch.dtype, ...] = 
 
 IDS = st.none() | tensors(1, (torch.int32, torch.int64))
 CONDITION = st.builds(
-    lambda key, compare, values: t.Condition(key, compare, _values_for(compare, values)),
+    lambda key, compare, values: Condition(key, compare, _values_for(compare, values)),
     TEXT,
-    st.sampled_from(t.Compare),
+    st.sampled_from(Compare),
     st.lists(SCALAR, min_size=1, max_size=3),
 )
 FILTER = st.recursive(
     CONDITION,
     lambda inner: (
-        st.builds(t.Not, inner)
-        | st.builds(t.AllOf, st.lists(inner, max_size=2).map(tuple))
-        | st.builds(t.AnyOf, st.lists(inner, max_size=2).map(tuple))
+        st.builds(Not, inner)
+        | st.builds(AllOf, st.lists(inner, max_size=2).map(tuple))
+        | st.builds(AnyOf, st.lists(inner, max_size=2).map(tuple))
     ),
     max_leaves=4,
 )
 SCOPE = st.builds(
-    t.Scope,
+    Scope,
     st.none() | st.lists(TEXT, max_size=2).map(tuple),
     st.none() | FILTER,
-    st.lists(st.builds(t.SessionScope, TEXT, st.none() | COUNT, COUNT), max_size=2).map(tuple),
+    st.lists(st.builds(SessionScope, TEXT, st.none() | COUNT, COUNT), max_size=2).map(tuple),
 )
 OPTIONS = st.builds(
-    t.AttendOptions,
-    top_k=st.integers(0, t.MAX_TOP_K),
-    engine=st.sampled_from(t.Engine),
+    AttendOptions,
+    top_k=st.integers(0, MAX_TOP_K),
+    engine=st.sampled_from(Engine),
     scale=st.none() | st.floats(0.01, 10),
     logit_gap=st.none() | st.floats(0, 10),
     search=st.dictionaries(TEXT, st.floats(0, 100), max_size=2),
     tokens=st.booleans(),
     attribution=st.booleans(),
     measure=st.booleans(),
-    output_dtype=st.sampled_from(t.DType),
+    output_dtype=st.sampled_from(DType),
 )
 SPEC = st.builds(
-    t.MemorySpec,
+    MemorySpec,
     FINGERPRINT,
     st.lists(st.integers(0, 255), max_size=3).map(tuple),
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**32 - 1),
-    st.sampled_from(t.DType),
-    st.builds(t.IndexPolicy, TEXT, INT64),
+    st.sampled_from(DType),
+    st.builds(IndexPolicy, TEXT, INT64),
 )
-MEMORY = st.builds(t.MemoryInfo, TEXT, SPEC, TIME, COUNT, COUNT, COUNT)
-DOCUMENT = st.builds(t.DocumentInfo, TEXT, COUNT, METADATA, COUNT, TIME)
+MEMORY = st.builds(MemoryInfo, TEXT, SPEC, TIME, COUNT, COUNT, COUNT)
+DOCUMENT = st.builds(DocumentInfo, TEXT, COUNT, METADATA, COUNT, TIME)
 RANGE = st.tuples(st.integers(0, 2**32 - 1), COUNT, COUNT)
 UPLOAD = st.builds(
-    t.Upload,
+    Upload,
     TEXT,
     COUNT,
     st.integers(0, 2**32 - 1),
@@ -103,13 +114,13 @@ UPLOAD = st.builds(
     TIME,
     st.none() | DOCUMENT,
 )
-SESSION = st.builds(t.SessionInfo, TEXT, TEXT, LEASE, TIME, st.lists(COUNT, max_size=3).map(tuple))
+SESSION = st.builds(SessionInfo, TEXT, TEXT, LEASE, TIME, st.lists(COUNT, max_size=3).map(tuple))
 OPERATION = st.builds(
-    t.Operation,
+    Operation,
     TEXT,
     TEXT,
-    st.sampled_from(t.OperationKind),
-    st.sampled_from(t.OperationState),
+    st.sampled_from(OperationKind),
+    st.sampled_from(OperationState),
     COUNT,
     COUNT,
     TEXT,
@@ -118,10 +129,10 @@ OPERATION = st.builds(
     TEXT,
 )
 SNAPSHOT = st.builds(
-    t.Snapshot, TEXT, TEXT, TIME, COUNT, COUNT, COUNT, TEXT, *[st.lists(TEXT, max_size=2).map(tuple)] * 2, TEXT
+    Snapshot, TEXT, TEXT, TIME, COUNT, COUNT, COUNT, TEXT, *[st.lists(TEXT, max_size=2).map(tuple)] * 2, TEXT
 )
 TOP_TOKENS = st.builds(
-    t.TopTokens,
+    TopTokens,
     st.lists(TEXT, max_size=2).map(tuple),
     tensors(3, (torch.int32,)),
     tensors(3, (torch.int64,)),
@@ -129,36 +140,36 @@ TOP_TOKENS = st.builds(
     tensors(3, (torch.float32,)),
 )
 ATTENDED = st.builds(
-    t.Attended,
+    Attended,
     tensors(3),
     tensors(2, (torch.float32,)),
-    st.builds(t.Coverage, COUNT, COUNT),
+    st.builds(Coverage, COUNT, COUNT),
     TEXT,
     st.none() | TOP_TOKENS,
-    st.none() | st.lists(st.builds(t.Attribution, TEXT, st.floats(0, 1)), max_size=2).map(tuple),
-    st.none() | st.builds(t.Measured, st.floats(0, 1), st.floats(0, 1)),
+    st.none() | st.lists(st.builds(Attribution, TEXT, st.floats(0, 1)), max_size=2).map(tuple),
+    st.none() | st.builds(Measured, st.floats(0, 1), st.floats(0, 1)),
 )
 SHARES = (st.none() | tensors(2, (torch.int32,)), st.none() | tensors(2, (torch.float32,)))
-GROUPS = st.lists(st.builds(t.AttendGroup, SCOPE, tensors(3), *SHARES), max_size=2).map(tuple)
+GROUPS = st.lists(st.builds(AttendGroup, SCOPE, tensors(3), *SHARES), max_size=2).map(tuple)
 SHARDS = st.lists(st.builds(Shard, TEXT, st.lists(TEXT, max_size=2).map(tuple)), max_size=2).map(tuple)
 MAP = st.builds(ShardMap, COUNT, SHARDS, SHARDS, st.booleans())
 MEMBER = st.builds(Member, st.none() | MAP, TEXT, st.booleans(), COUNT)
 PLACEMENT = st.none() | st.builds(Placement, TEXT, st.lists(TEXT, min_size=1, max_size=2).map(tuple))
 APPEND = st.builds(
-    t.SessionAppend, TEXT, st.lists(st.integers(0, 99), max_size=2).map(tuple), COUNT, tensors(4), tensors(4), IDS
+    SessionAppend, TEXT, st.lists(st.integers(0, 99), max_size=2).map(tuple), COUNT, tensors(4), tensors(4), IDS
 )
 LAYER = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def fetches(draw: st.DrawFn) -> t.Fetched:
+def fetches(draw: st.DrawFn) -> Fetched:
     keys = draw(tensors(3))
     ids = torch.arange(keys.shape[1], dtype=torch.int64)
-    return t.Fetched(keys, keys.flip(0), ids, draw(COUNT))
+    return Fetched(keys, keys.flip(0), ids, draw(COUNT))
 
 
 def pages(item: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.builds(t.Page, st.lists(item, max_size=2).map(tuple), TEXT)
+    return st.builds(Page, st.lists(item, max_size=2).map(tuple), TEXT)
 
 
 CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
@@ -170,16 +181,16 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
         st.builds(
             v.PutDocument,
             TEXT,
-            st.builds(t.Document, TEXT, tensors(4), tensors(4), IDS, METADATA),
+            st.builds(Document, TEXT, tensors(4), tensors(4), IDS, METADATA),
             FINGERPRINT,
-            st.sampled_from(t.Conflict),
+            st.sampled_from(Conflict),
             TEXT,
             COUNT,
         ),
         DOCUMENT,
     ),
     v.BeginUpload: (
-        st.builds(v.BeginUpload, TEXT, TEXT, INT64, FINGERPRINT, METADATA, st.sampled_from(t.Conflict), TEXT, COUNT),
+        st.builds(v.BeginUpload, TEXT, TEXT, INT64, FINGERPRINT, METADATA, st.sampled_from(Conflict), TEXT, COUNT),
         UPLOAD,
     ),
     v.GetUpload: (st.builds(v.GetUpload, TEXT, TEXT), UPLOAD),
@@ -193,7 +204,7 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
     v.DeleteDocument: (st.builds(v.DeleteDocument, TEXT, TEXT, TEXT, COUNT), st.none()),
     v.ListDeleted: (
         st.builds(v.ListDeleted, TEXT, st.integers(-9, 999), TEXT),
-        pages(st.builds(t.Deleted, TEXT, COUNT)),
+        pages(st.builds(Deleted, TEXT, COUNT)),
     ),
     v.OpenSession: (st.builds(v.OpenSession, TEXT, FINGERPRINT, LEASE, TEXT), SESSION),
     v.AppendSessions: (
@@ -208,8 +219,8 @@ CASES: dict[type[v.Verb[Any]], tuple[st.SearchStrategy[Any], st.SearchStrategy[A
         st.lists(TOP_TOKENS, max_size=2).map(tuple),
     ),
     v.Fetch: (st.builds(v.Fetch, TEXT, TEXT, LAYER, INT64, INT64), fetches()),
-    v.GetStats: (st.builds(v.GetStats, TEXT, PLACEMENT), st.builds(t.Stats, TEXT, *[COUNT] * 11)),
-    v.StartOperation: (st.builds(v.StartOperation, TEXT, st.sampled_from(t.OperationKind), TEXT), OPERATION),
+    v.GetStats: (st.builds(v.GetStats, TEXT, PLACEMENT), st.builds(Stats, TEXT, *[COUNT] * 11)),
+    v.StartOperation: (st.builds(v.StartOperation, TEXT, st.sampled_from(OperationKind), TEXT), OPERATION),
     v.GetOperation: (st.builds(v.GetOperation, TEXT), OPERATION),
     v.ListOperations: (st.builds(v.ListOperations, TEXT, st.integers(-9, 999), TEXT), pages(OPERATION)),
     v.CancelOperation: (st.builds(v.CancelOperation, TEXT), OPERATION),
@@ -226,8 +237,8 @@ EVERY_RPC = pytest.mark.parametrize("rpc", RPCS.values(), ids=lambda rpc: rpc.na
 quick = settings(max_examples=25, deadline=None)
 
 
-def _values_for(compare: t.Compare, values: list[t.Scalar]) -> tuple[t.Scalar, ...]:
-    return {t.Compare.IN: tuple(values), t.Compare.EXISTS: ()}.get(compare, (values[0],))
+def _values_for(compare: Compare, values: list[Scalar]) -> tuple[Scalar, ...]:
+    return {Compare.IN: tuple(values), Compare.EXISTS: ()}.get(compare, (values[0],))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -296,27 +307,27 @@ def test_any_bytes_decode_or_are_an_invalid_argument(rpc: Rpc) -> None:
 
 
 def test_what_is_left_out_of_a_request_has_the_documented_default() -> None:
-    fingerprint = t.Fingerprint("")
+    fingerprint = Fingerprint("")
     assert RPCS[v.ListMemories].from_request(pb.ListMemoriesRequest()) == v.ListMemories(page_size=0)
     assert RPCS[v.ListDocuments].from_request(pb.ListDocumentsRequest(memory="m")) == v.ListDocuments("m", page_size=0)
     assert RPCS[v.OpenSession].from_request(pb.OpenSessionRequest(memory="m")) == v.OpenSession("m", fingerprint)
     assert RPCS[v.BeginUpload].from_request(pb.BeginUploadRequest()) == v.BeginUpload("", "", 0, fingerprint)
     attend = RPCS[v.Attend].from_request(pb.AttendRequest(groups=[pb.AttendGroup(queries=_tensor([1, 1, 2]))]))
     assert isinstance(attend, v.Attend)
-    assert attend.options == t.AttendOptions()
-    assert attend.groups[0].scope == t.Scope()
+    assert attend.options == AttendOptions()
+    assert attend.groups[0].scope == Scope()
     spec = pb.MemorySpec(fingerprint=pb.Fingerprint(model="m"), layers=[1], kv_heads=2, head_dim=3)
     created = RPCS[v.CreateMemory].from_request(pb.CreateMemoryRequest(name="m", spec=spec))
-    assert created == v.CreateMemory("m", t.MemorySpec(t.Fingerprint("m"), (1,), 2, 3))
+    assert created == v.CreateMemory("m", MemorySpec(Fingerprint("m"), (1,), 2, 3))
 
 
 def test_values_no_request_can_hold_are_invalid_arguments() -> None:
     for verb in (
         v.Fetch("m", "d", layer=-1),
         v.ListMemories(page_size=2**40),
-        v.OpenSession("m", t.Fingerprint("x"), lease_s=float("nan")),
-        v.BeginUpload("m", "d", 1, t.Fingerprint("x"), metadata={"n": 2**70}),
-        v.BeginUpload("m", "d", 1, t.Fingerprint("x"), metadata={"n": [1]}),  # type: ignore[dict-item]
+        v.OpenSession("m", Fingerprint("x"), lease_s=float("nan")),
+        v.BeginUpload("m", "d", 1, Fingerprint("x"), metadata={"n": 2**70}),
+        v.BeginUpload("m", "d", 1, Fingerprint("x"), metadata={"n": [1]}),  # type: ignore[dict-item]
         v.GetMemory("\ud800"),
     ):
         with pytest.raises(InvalidArgument):
@@ -364,7 +375,7 @@ def test_a_filter_of_the_greatest_depth_is_read() -> None:
 def test_a_chunk_is_written_and_read_as_protobuf_would(
     memory: str, upload: str, part: int, offset: int, crc32: int, data: bytes
 ) -> None:
-    piece = UploadPiece(memory, upload, t.Chunk(part, offset, crc32, data))
+    piece = UploadPiece(memory, upload, Chunk(part, offset, crc32, data))
     message = pb.UploadChunksRequest(memory=memory, upload=upload, part=part, offset=offset, crc32=crc32, data=data)
     raw = encode_chunk(memory, upload, piece.chunk)
     assert pb.UploadChunksRequest.FromString(raw) == message
@@ -375,14 +386,14 @@ def test_a_chunk_is_written_and_read_as_protobuf_would(
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=40), st.binary(max_size=20))
 def test_any_bytes_are_the_chunk_that_protobuf_reads_or_an_invalid_argument(head: bytes, data: bytes) -> None:
-    raw = head + encode_chunk("m", "u", t.Chunk(1, 2, 3, data))[2:]
+    raw = head + encode_chunk("m", "u", Chunk(1, 2, 3, data))[2:]
     try:
         message = pb.UploadChunksRequest.FromString(raw)
     except Exception:
         with pytest.raises(InvalidArgument):
             decode_chunk(raw)
         return
-    chunk = t.Chunk(message.part, message.offset, message.crc32, message.data)
+    chunk = Chunk(message.part, message.offset, message.crc32, message.data)
     assert decode_chunk(raw) == UploadPiece(message.memory, message.upload, chunk)
 
 
@@ -395,7 +406,7 @@ def test_a_chunk_whose_data_comes_first_or_twice_is_read_as_protobuf_would() -> 
 
 def test_a_large_fetch_travels_in_pieces_and_a_damaged_or_lost_one_is_noticed() -> None:
     keys = torch.randn(2, 3000, 64, generator=torch.Generator().manual_seed(0))
-    fetched = t.Fetched(keys, keys + 1, torch.arange(3000), first_token=5)
+    fetched = Fetched(keys, keys + 1, torch.arange(3000), first_token=5)
     pieces = list(RPCS[v.Fetch].to_response(fetched))
     assert len(pieces) == 5
     assert all(len(piece.data) <= PIECE_BYTES for piece in pieces)
@@ -408,9 +419,9 @@ def test_a_large_fetch_travels_in_pieces_and_a_damaged_or_lost_one_is_noticed() 
 
 
 def test_the_bytes_of_an_answer_are_known_before_it_is_computed() -> None:
-    group = t.AttendGroup(t.Scope(), torch.zeros(4, 3, 64))
-    attend = v.Attend("m", 0, (group, group), t.AttendOptions())
+    group = AttendGroup(Scope(), torch.zeros(4, 3, 64))
+    attend = v.Attend("m", 0, (group, group), AttendOptions())
     assert answer_bytes(attend) == 2 * 12 * (64 * 4 + 4)
-    search = v.Search("m", 0, (group,), t.AttendOptions(top_k=8))
+    search = v.Search("m", 0, (group,), AttendOptions(top_k=8))
     assert answer_bytes(search) == 12 * 8 * 20
     assert answer_bytes(v.GetStats()) == 0

@@ -23,7 +23,10 @@ from memory_service.settings import StoreOptions
 from memory_service.storage.vfs import OsVfs
 from memory_service.store.recovery import rebuild_catalog
 from memory_service.store.store import Store
-from memory_service.types import Engine, OperationKind, OperationState, Partial, Scope
+from memory_service.types.answers import Partial
+from memory_service.types.operations import OperationKind, OperationState
+from memory_service.types.questions import Engine
+from memory_service.types.scopes import Scope
 from tests.memory_service.faults import flip_bit, truncate, zero_page
 from tests.memory_service.oracle import (
     ME,

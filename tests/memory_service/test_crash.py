@@ -21,7 +21,7 @@ import torch
 from memory_service import verbs
 from memory_service.settings import StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import OperationKind, OperationState
+from memory_service.types.operations import OperationKind, OperationState
 from tests.memory_service.oracle import ME, attend, error, finish, reference
 from tests.memory_service.victims import made
 

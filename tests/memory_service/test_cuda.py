@@ -9,18 +9,11 @@ from memory_service import verbs
 from memory_service.attention import exact
 from memory_service.settings import StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import (
-    AttendGroup,
-    AttendOptions,
-    Document,
-    DType,
-    Engine,
-    Fingerprint,
-    Identity,
-    MemorySpec,
-    Role,
-    Scope,
-)
+from memory_service.types.callers import Identity, Role
+from memory_service.types.documents import Document
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope
+from memory_service.types.specs import DType, Fingerprint, MemorySpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

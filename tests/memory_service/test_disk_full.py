@@ -17,7 +17,8 @@ from memory_service.errors import FotError, ResourceExhausted, Unavailable
 from memory_service.settings import StoreOptions
 from memory_service.storage.vfs import StorageFailed
 from memory_service.store.store import Store
-from memory_service.types import Document, OperationKind, OperationState
+from memory_service.types.documents import Document
+from memory_service.types.operations import OperationKind, OperationState
 from tests.memory_service.faults import FaultVfs
 from tests.memory_service.oracle import (
     ME,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from memory_service.errors import InvalidArgument
 from memory_service.filters import filter_of, parse, write
-from memory_service.types import AllOf, AnyOf, Compare, Condition, Filter, Not
+from memory_service.types.conditions import AllOf, AnyOf, Compare, Condition, Filter, Not
 
 PY = {"lang": "py", "year": 2021, "score": 0.5, "starred": True, "my field": "a b"}
 

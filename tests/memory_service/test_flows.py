@@ -20,7 +20,10 @@ from memory_service.errors import (
     Unavailable,
 )
 from memory_service.places.flows import PATIENCE_S, Call, Connect, Send, Sleep, Step, flow_of
-from memory_service.types import Document, DocumentInfo, Fingerprint, MemoryInfo, MemorySpec, Upload
+from memory_service.types.documents import Document, DocumentInfo
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.specs import Fingerprint, MemorySpec
+from memory_service.types.uploads import Upload
 from memory_service.verbs import (
     AbortUpload,
     BeginUpload,

@@ -17,7 +17,8 @@ from memory_service.errors import Cancelled, InvalidArgument, ResourceExhausted
 from memory_service.index import factories, faiss_index
 from memory_service.index.unit import IndexedDocument, IndexUnit
 from memory_service.storage.vfs import Buffer, File, OsVfs
-from memory_service.types import Cancel, DType, Fingerprint, IndexPolicy, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy, MemorySpec
 
 DIM = 16
 FACTORIES = [

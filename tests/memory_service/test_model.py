@@ -24,24 +24,15 @@ from memory_service.storage.parts import PartLayout, part_ranges
 from memory_service.storage.vfs import OsVfs
 from memory_service.store.recovery import rebuild_catalog
 from memory_service.store.store import Store
-from memory_service.types import (
-    Attended,
-    Chunk,
-    Compare,
-    Condition,
-    Conflict,
-    Document,
-    DocumentInfo,
-    DType,
-    Engine,
-    MemorySpec,
-    OperationKind,
-    OperationState,
-    Scope,
-    SessionAppend,
-    SessionScope,
-    Upload,
-)
+from memory_service.types.answers import Attended
+from memory_service.types.conditions import Compare, Condition
+from memory_service.types.documents import Conflict, Document, DocumentInfo
+from memory_service.types.operations import OperationKind, OperationState
+from memory_service.types.questions import Engine
+from memory_service.types.scopes import Scope, SessionScope
+from memory_service.types.sessions import SessionAppend
+from memory_service.types.specs import DType, MemorySpec
+from memory_service.types.uploads import Chunk, Upload
 from tests.memory_service.kept import run as wait
 from tests.memory_service.oracle import (
     ME,

@@ -20,20 +20,12 @@ from memory_service.pieces import (
     plan,
 )
 from memory_service.places.payload import check_token_ids, missing_chunks, payload_bytes
-from memory_service.types import (
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Attribution,
-    Coverage,
-    Document,
-    Measured,
-    Scope,
-    SessionAppend,
-    SessionInfo,
-    TopTokens,
-    Upload,
-)
+from memory_service.types.answers import Attended, Attribution, Coverage, Measured, TopTokens
+from memory_service.types.documents import Document
+from memory_service.types.questions import AttendGroup, AttendOptions
+from memory_service.types.scopes import Scope
+from memory_service.types.sessions import SessionAppend, SessionInfo
+from memory_service.types.uploads import Upload
 from memory_service.verbs import AppendSessions, Attend, Search
 
 HEADS, DIM, TOP_K = 2, 4, 3

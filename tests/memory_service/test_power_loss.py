@@ -20,7 +20,8 @@ from memory_service import verbs
 from memory_service.settings import StoreOptions
 from memory_service.storage.vfs import File, OsVfs, Vfs
 from memory_service.store.store import Store
-from memory_service.types import Document, OperationKind, OperationState
+from memory_service.types.documents import Document
+from memory_service.types.operations import OperationKind, OperationState
 from tests.memory_service.faults import FaultVfs, State
 from tests.memory_service.oracle import (
     ME,

@@ -20,7 +20,10 @@ from memory_service.attention import residency
 from memory_service.attention.exact import merge
 from memory_service.settings import StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import DType, OperationKind, Partial, Scope
+from memory_service.types.answers import Partial
+from memory_service.types.operations import OperationKind
+from memory_service.types.scopes import Scope
+from memory_service.types.specs import DType
 from tests.memory_service.oracle import (
     BF16_BAR,
     ME,

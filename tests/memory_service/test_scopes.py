@@ -7,7 +7,8 @@ import pytest
 from memory_service.client.scopes import ALL_DOCUMENTS, ScopeLike, scope_of, session_scope
 from memory_service.errors import InvalidArgument
 from memory_service.filters import parse
-from memory_service.types import AllOf, Scope, SessionScope
+from memory_service.types.conditions import AllOf
+from memory_service.types.scopes import Scope, SessionScope
 
 PY = parse("lang = py")
 CHAT = SessionScope("s1")

@@ -20,7 +20,8 @@ from memory_service.storage.parts import CHUNK_BYTES, PartHeader, PartLayout, de
 from memory_service.storage.segments import SegmentFiles
 from memory_service.storage.staging import Staging
 from memory_service.storage.vfs import OsVfs, StorageFailed
-from memory_service.types import Cancel, DType, MemorySpec
+from memory_service.types.callers import Cancel
+from memory_service.types.specs import DType, MemorySpec
 from tests.memory_service.faults import FaultVfs, flip_bit, truncate, zero_page
 from tests.memory_service.storage import KEY, SPEC, check_part, content, stage, with_dtype
 

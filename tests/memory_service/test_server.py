@@ -38,19 +38,14 @@ from memory_service.errors import (
 from memory_service.server.server import READING, Server, check_exposure, is_local, running, serve
 from memory_service.settings import ServerSettings, StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import (
-    Attended,
-    AttendGroup,
-    AttendOptions,
-    Cancel,
-    Chunk,
-    Coverage,
-    Document,
-    Fetched,
-    MemoryInfo,
-    Page,
-    Scope,
-)
+from memory_service.types.answers import Attended, Coverage, Fetched
+from memory_service.types.callers import Cancel
+from memory_service.types.documents import Document
+from memory_service.types.listings import Page
+from memory_service.types.memories import MemoryInfo
+from memory_service.types.questions import AttendGroup, AttendOptions
+from memory_service.types.scopes import Scope
+from memory_service.types.uploads import Chunk
 from memory_service.v1 import memory_pb2 as pb
 from memory_service.wire.chunks import encode_chunk
 from memory_service.wire.codec import RPCS, SERVICE

@@ -24,7 +24,7 @@ from memory_service import (
 )
 from memory_service.client import connection
 from memory_service.cluster.caretaker import Caretaker
-from memory_service.types import Operation
+from memory_service.types.operations import Operation
 from memory_service.verbs import GetMemory, RestoreSnapshot
 from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target
 from tests.memory_service.places import QUIET

@@ -19,7 +19,8 @@ from memory_service.errors import DataLoss, NotFound
 from memory_service.settings import StoreOptions
 from memory_service.storage.parts import PartHeader, decode_header, encode_header
 from memory_service.store.store import Store
-from memory_service.types import Identity, OperationKind, OperationState, Role
+from memory_service.types.callers import Identity, Role
+from memory_service.types.operations import OperationKind, OperationState
 from tests.memory_service.faults import flip_bit, truncate, zero_page
 from tests.memory_service.kept import SPEC, done, failed, filled, kept, look, names
 from tests.memory_service.oracle import ME, everything_in_small_pieces, finish, refused

@@ -18,7 +18,7 @@ from memory_service.settings import StoreOptions
 from memory_service.storage.vfs import CannotLink, OsVfs, Vfs, storage_error
 from memory_service.store.recovery import rebuild_catalog
 from memory_service.store.store import Store
-from memory_service.types import OperationState
+from memory_service.types.operations import OperationState
 from tests.memory_service.faults import FaultVfs, State
 from tests.memory_service.kept import SPEC, done, kept, look, names, run
 from tests.memory_service.oracle import ME, document, everything_in_small_pieces, put

@@ -28,7 +28,7 @@ from memory_service.cli import work
 from memory_service.client import connection
 from memory_service.server.auth import TokenFile
 from memory_service.settings import StoreOptions
-from memory_service.types import Role
+from memory_service.types.callers import Role
 from tests.memory_service.clusters import services, target
 from tests.memory_service.faults import flip_bit, truncate
 from tests.memory_service.places import PLACES, client_at, serving

@@ -19,7 +19,8 @@ from memory_service.storage.vfs import OsVfs
 from memory_service.store import recovery
 from memory_service.store.recovery import rebuild_catalog
 from memory_service.store.store import Store
-from memory_service.types import Identity, OperationKind, OperationState, Role
+from memory_service.types.callers import Identity, Role
+from memory_service.types.operations import OperationKind, OperationState
 from tests.memory_service.kept import SPEC, TwoDisks, done, failed, filled, kept, look, names, run
 from tests.memory_service.oracle import ME, document, everything_in_small_pieces, finish, put, refused
 

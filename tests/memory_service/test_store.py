@@ -34,26 +34,15 @@ from memory_service.storage.vfs import OsVfs
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.recovery import rebuild_catalog
 from memory_service.store.store import Store
-from memory_service.types import (
-    AttendGroup,
-    AttendOptions,
-    Cancel,
-    Chunk,
-    Compare,
-    Condition,
-    Document,
-    DType,
-    Engine,
-    Fingerprint,
-    Identity,
-    IndexPolicy,
-    OperationKind,
-    OperationState,
-    Role,
-    Scope,
-    SessionAppend,
-    SessionScope,
-)
+from memory_service.types.callers import Cancel, Identity, Role
+from memory_service.types.conditions import Compare, Condition
+from memory_service.types.documents import Document
+from memory_service.types.operations import OperationKind, OperationState
+from memory_service.types.questions import AttendGroup, AttendOptions, Engine
+from memory_service.types.scopes import Scope, SessionScope
+from memory_service.types.sessions import SessionAppend
+from memory_service.types.specs import DType, Fingerprint, IndexPolicy
+from memory_service.types.uploads import Chunk
 from tests.memory_service.oracle import (
     ME,
     MODEL,

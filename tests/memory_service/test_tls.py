@@ -21,7 +21,8 @@ from memory_service.errors import InvalidArgument
 from memory_service.server.auth import TokenFile
 from memory_service.server.server import running
 from memory_service.settings import ServerSettings
-from memory_service.types import Attended, Coverage, Role
+from memory_service.types.answers import Attended, Coverage
+from memory_service.types.callers import Role
 from tests.memory_service.calls import Caller, SpyStore, attend, calling, outcome
 
 EMPTY = (Attended(torch.zeros(1, 1, 4), torch.zeros(1, 1), Coverage(0, 0), "dense"),)

@@ -20,7 +20,9 @@ import torch
 from memory_service import verbs
 from memory_service.settings import StoreOptions
 from memory_service.store.store import Store
-from memory_service.types import Document, MemorySpec, OperationKind
+from memory_service.types.documents import Document
+from memory_service.types.operations import OperationKind
+from memory_service.types.specs import MemorySpec
 from tests.memory_service.oracle import ME, document, everything_in_small_pieces, finish, put, spec_of
 
 SPEC = spec_of(dim=8)

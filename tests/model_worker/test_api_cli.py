@@ -20,7 +20,7 @@ import pytest
 from memory_service import InvalidArgument, PermissionDenied, Unauthenticated
 from memory_service.errors import FailedPrecondition
 from memory_service.server.auth import EVERYONE, TokenFile
-from memory_service.types import Identity, Role
+from memory_service.types.callers import Identity, Role
 from model_worker.api.keys import Keys
 from model_worker.api.process import running
 from model_worker.api.server import Addresses

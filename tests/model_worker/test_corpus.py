@@ -20,7 +20,7 @@ from tokenizers import processors
 
 from memory_service import InvalidArgument, NotFound
 from memory_service.store.uploads import Request
-from memory_service.types import MAX_METADATA_BYTES, MAX_METADATA_KEYS
+from memory_service.types.documents import MAX_METADATA_BYTES, MAX_METADATA_KEYS
 from model_worker.corpus import (
     BadBytes,
     Choice,

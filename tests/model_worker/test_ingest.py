@@ -23,7 +23,7 @@ from memory_service import (
     Unavailable,
     WrongModel,
 )
-from memory_service.types import Scalar
+from memory_service.types.conditions import Scalar
 from model_worker.corpus import Note, Notes, Source, read
 from model_worker.decoder.model import FotModel
 from model_worker.ingestion.encoding import Encoded, Encoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from memory_service.errors import InvalidArgument
-from memory_service.types import DType
+from memory_service.types.specs import DType
 from model_worker.bench.reference import Cache, Reference
 from model_worker.settings import Cut, FotConfig, Overflow, SelfExtend
 

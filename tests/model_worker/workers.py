@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memory_service import Client, Memory
 from memory_service.server.auth import TokenFile
-from memory_service.types import Role
+from memory_service.types.callers import Role
 from model_worker import reference
 from model_worker.api.keys import Keys
 from model_worker.api.limits import Limits

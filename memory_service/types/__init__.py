@@ -1,0 +1,1 @@
+"""The nouns that travel between client, server and store."""
