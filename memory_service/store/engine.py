@@ -19,7 +19,9 @@ from memory_service.attention.slabs import largest_norms
 from memory_service.errors import FailedPrecondition, InvalidArgument
 from memory_service.index.factories import check_params
 from memory_service.store.indexed import candidates, covered, tail
-from memory_service.store.live_memory import LiveDocument, LiveMemory, Plan
+from memory_service.store.live_document import LiveDocument
+from memory_service.store.live_memory import LiveMemory
+from memory_service.store.plans import Plan
 from memory_service.store.recent import Found, Recent, digest
 from memory_service.store.sessions import Session
 from memory_service.types.answers import Attended, Attribution, Coverage, Measured, Partial, TopTokens

@@ -17,7 +17,9 @@ from memory_service.attention.scan import Chunk
 from memory_service.attention.slabs import Run, Slab, join
 from memory_service.index.factories import default_candidates
 from memory_service.index.unit import IndexUnit
-from memory_service.store.live_memory import LiveDocument, LiveMemory, Plan
+from memory_service.store.live_document import LiveDocument
+from memory_service.store.live_memory import LiveMemory
+from memory_service.store.plans import Plan
 from memory_service.types.questions import AttendOptions
 
 _GAP = 256  # Cold tokens nearer than this to each other are read in one go.

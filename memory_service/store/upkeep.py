@@ -22,7 +22,8 @@ from memory_service.storage.parts import CHUNK_BYTES, PartHeader, PartRef, Segme
 from memory_service.storage.segments import SegmentFiles
 from memory_service.storage.staging import Staging
 from memory_service.storage.vfs import StorageFailed, Vfs
-from memory_service.store.live_memory import LiveDocument, LiveMemory
+from memory_service.store.live_document import LiveDocument
+from memory_service.store.live_memory import LiveMemory
 from memory_service.types.callers import Cancel
 
 Progress = Callable[[int, int], None]  # Units done, units in all.

@@ -19,7 +19,7 @@ from memory_service import verbs
 from memory_service.attention import exact, slabs
 from memory_service.errors import FotError
 from memory_service.storage import parts, segments
-from memory_service.store import commits, engine, live_memory
+from memory_service.store import cold_tokens, commits, engine
 from memory_service.store.store import Store
 from memory_service.types.answers import Attended, Partial, TopTokens
 from memory_service.types.callers import Cancel, Identity, Role
@@ -225,7 +225,7 @@ def everything_in_small_pieces(token_bytes: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slabs, "_FIRST_ROWS", 16)
         patch.setattr(slabs, "_SLAB_BYTES", 96 * token_bytes)
-        patch.setattr(live_memory, "_PIECE_BYTES", 40 * token_bytes)
+        patch.setattr(cold_tokens, "_PIECE_BYTES", 40 * token_bytes)
         patch.setattr(engine, "_COLD_BYTES", 56 * token_bytes)
         patch.setattr(exact, "_FEW_KEYS", 0)
         patch.setattr(parts, "PART_BYTES", 72 * (token_bytes + 4))

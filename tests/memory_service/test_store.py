@@ -31,9 +31,9 @@ from memory_service.errors import (
 from memory_service.settings import StoreOptions
 from memory_service.storage.parts import PartLayout
 from memory_service.storage.vfs import OsVfs
-from memory_service.store.live_memory import LiveMemory
 from memory_service.store.recovery import rebuild_catalog
 from memory_service.store.store import Store
+from memory_service.store.warm_tokens import WarmTokens
 from memory_service.types.callers import Cancel, Identity, Role
 from memory_service.types.conditions import Compare, Condition
 from memory_service.types.documents import Document
@@ -896,15 +896,15 @@ def test_a_query_during_the_tidying_of_ram_sees_every_token(store: Store, monkey
         expected = reference(
             QUERIES, torch.cat([d.keys[0] for d in kept], 1), torch.cat([d.values[0] for d in kept], 1)
         )
-        move, seen = LiveMemory._move, []
+        move, seen = WarmTokens.move, []
 
-        def watched(self: LiveMemory, *where: Any) -> Any:
+        def watched(self: WarmTokens, *where: Any) -> Any:
             seen.append(error(attend(store, "t", 3, QUERIES), expected))
             moved = move(self, *where)
             seen.append(error(attend(store, "t", 3, QUERIES, Scope(("2", "3"))), expected))
             return moved
 
-        monkeypatch.setattr(LiveMemory, "_move", watched)
+        monkeypatch.setattr(WarmTokens, "move", watched)
         finish(store, "t", OperationKind.COMPACT)
         assert len(seen) >= 2
         assert max(seen) <= 1e-5
