@@ -20,7 +20,7 @@ KEPT = ("FOT_SOAK_",)  # Sizes of the soak tests.
 # Modules that take more than twenty seconds.
 LONG = (
     "test_repository", "test_recovery", "test_corruption", "test_disk_full", "test_cluster_processes",
-    "test_ingest_crash", "test_store", "test_memory_congruence", "test_worker_errors", "test_api_cli", "test_model",
+    "test_ingest_crash", "test_memory_congruence", "test_worker_errors", "test_api_cli", "test_model",
     "test_power_loss", "test_snapshot_faults", "test_cluster_moving", "test_cluster_failures", "test_serving",
     "test_cli",
 )  # fmt: skip
