@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
-import torch
 from torch import Tensor
 
 from memory_service import InvalidArgument, SessionExpired, Unavailable
@@ -32,6 +31,8 @@ from model_worker.serving.job import Job
 from model_worker.serving.load import Load, Rate
 from model_worker.serving.readers import Readers
 from model_worker.serving.requests import Event, Finish, Request, Ticket
+from model_worker.serving.room import Room
+from model_worker.serving.rows import Rows
 from model_worker.serving.settings import BatchSettings
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Batcher:
         self._tokenizer = tokenizer
         self.settings = settings or BatchSettings()
         self._vocabulary = int(model.decoder.config.vocab_size)
-        self._token_bytes = _window_bytes(model)
+        self._room = Room(model)
         self._readers = Readers(model)
         self._goodbyes = Goodbyes(self._readers)
         self._changed = threading.Condition()  # Guards the next three.
@@ -57,9 +58,7 @@ class Batcher:
         self._draining = False
         # What follows is the thread's own.
         self._reading: deque[Job] = deque()
-        self._writing: list[Job] = []  # In the order of the batch's rows.
-        self._next: list[int] = []  # Their newest tokens.
-        self._batch = model.start()
+        self._writing = Rows(model)
         self._kept = Conversations(self.settings.conversations, self.settings.conversation_s, self._goodbyes.let_go)
         self._allowed = self._window_bytes = 0
         self._steps = self._cached = 0
@@ -196,7 +195,7 @@ class Batcher:
         for job in gone:
             self._end(job, Finish.CANCELLED)
         for row in reversed(range(len(self._writing))):
-            if self._writing[row].cancelled:
+            if self._writing.jobs[row].cancelled:
                 self._leave(row, Finish.CANCELLED)
 
     def _admit(self) -> None:
@@ -206,7 +205,7 @@ class Batcher:
             rows = len(self._reading) + len(self._writing)
             if rows >= self.settings.max_rows:
                 return
-            while rows and self._used() + self._size(self._queue[0]) > self.settings.window_bytes:
+            while rows and self._used() + self._room.of(self._queue[0]) > self.settings.window_bytes:
                 if not self._kept.drop_oldest():
                     return
             with self._changed:
@@ -272,12 +271,10 @@ class Batcher:
                 self._end(job, error)
             return most
         self._read.add(sum(map(len, texts)))
-        self._batch.admit(state)
         for job in jobs:
             job.state = None
         first = len(self._writing)
-        self._writing += jobs
-        self._next += [0] * len(jobs)
+        self._writing.admit(state, jobs, [0] * len(jobs))
         self._choose(first, logits.float().cpu())
         return longest * len(jobs)
 
@@ -289,7 +286,7 @@ class Batcher:
             assert job.state is not None
             self._goodbyes.let_go(job.state.close, job.memory)
         else:
-            self._goodbyes.let_go(self._vacate(row).rows.close, job.memory)
+            self._goodbyes.let_go(self._writing.leave(row).rows.close, job.memory)
         job.state, self._cached = None, self._cached - job.cached_tokens
         job.cached_tokens = 0
         self._begin(job)
@@ -308,20 +305,19 @@ class Batcher:
         if reason is not None:
             self._end(job, reason)
             return
-        self._batch.admit(job.state)
+        self._writing.admit(job.state, [job], [token])
         job.state = None
-        self._writing.append(job)
-        self._next.append(token)
 
     def _write_tokens(self) -> None:
         """One more token of every answer."""
         if not self._writing:
             return
         try:
-            logits = self._model.step(self._batch, self._next).float().cpu()
+            logits = self._writing.step()
         except Exception as error:
             _LOG.exception("a step of %d rows failed", len(self._writing))
-            self._abandon(error)
+            for job, line in self._writing.abandon():
+                self._goodbyes.say(job, line.rows.close, error)
             return
         self._steps += 1
         self._choose(0, logits)
@@ -330,8 +326,8 @@ class Batcher:
         """The next token of the rows from `first` on, by their logits [B, V]."""
         best = logits.argmax(-1).tolist()
         self._written.add(len(best))
-        for row in reversed(range(first, len(self._writing))):  # Backwards: who leaves gives its place to the last.
-            job, line = self._writing[row], self._batch.lines[row]
+        for row in reversed(range(first, len(self._writing))):
+            job, line = self._writing.jobs[row], self._writing.lines[row]
             try:
                 if line.error is not None:
                     raise line.error
@@ -341,31 +337,17 @@ class Batcher:
                 if not self._again(job, error, row):
                     self._leave(row, error)
                 continue
-            self._next[row] = token
+            self._writing.set_newest(row, token)
             if reason is not None:
                 self._leave(row, reason)
-
-    def _abandon(self, error: Exception) -> None:
-        """A step failed half way, so nobody knows what its rows saw: all of them fail, and another batch begins."""
-        lines, jobs = self._batch.lines, self._writing
-        self._batch, self._writing, self._next = self._model.start(), [], []
-        for line, job in zip(lines, jobs, strict=True):
-            self._goodbyes.say(job, line.rows.close, error)
 
     # --- how requests end ---
 
     def _leave(self, row: int, why: Finish | Exception) -> None:
         """A row of the batch is done."""
-        job = self._writing[row]
-        state = self._batch.alone(row) if self._keeps(job, why) else None
-        self._conclude(job, why, state, self._vacate(row))
-
-    def _vacate(self, row: int) -> Line:
-        """Let a row of the batch go, and the last one take its place."""
-        self._writing[row], self._next[row] = self._writing[-1], self._next[-1]
-        self._writing.pop()
-        self._next.pop()
-        return self._batch.leave(row)
+        job = self._writing.jobs[row]
+        state = self._writing.alone(row) if self._keeps(job, why) else None
+        self._conclude(job, why, state, self._writing.leave(row))
 
     def _end(self, job: Job, why: Finish | Exception) -> None:
         """A request that is not in the batch is done."""
@@ -381,29 +363,12 @@ class Batcher:
         return job.request.conversation is not None and why in (Finish.STOP, Finish.LENGTH)
 
     def _conclude(self, job: Job, why: Finish | Exception, state: State | None, line: Line | None) -> None:
-        if state is not None and self._kept.keep(job, state, self._size(job)):
+        if state is not None and self._kept.keep(job, state, self._room.of(job)):
             self._goodbyes.say(job, None, why)
         elif line is not None:
             self._goodbyes.say(job, line.rows.close, why)
         elif state is not None:
             self._goodbyes.say(job, state.close, why)
 
-    # --- room ---
-
-    def _size(self, job: Job) -> int:
-        """Bytes of window a request may need at most."""
-        return self._token_bytes * min(self._reach(), len(job.request.ids) + job.request.max_new_tokens)
-
-    def _reach(self) -> int:
-        fot = self._model.fot
-        return fot.window if fot.mem_layers or fot.self_extend is None else 1 << 62
-
     def _used(self) -> int:
-        return self._kept.bytes + sum(self._size(job) for job in [*self._reading, *self._writing])
-
-
-def _window_bytes(model: FotModel) -> int:
-    """Of a token in the window: keys, values and rotated copies, with the room that growing windows have."""
-    decoder = model.decoder
-    tensors = 2 + any(policy.rotates for policy in model.policies) + (model.fot.self_extend is not None)
-    return 2 * tensors * decoder.layers * decoder.kv_heads * decoder.head_dim * torch.finfo(decoder.dtype).bits // 8
+        return self._kept.bytes + self._room.of_all([*self._reading, *self._writing.jobs])

@@ -361,8 +361,8 @@ def test_a_lost_session_fails_its_row_only(endless: FotModel, tokenizer: PreTrai
         lost, kept = submitted(batcher, [Request(prompts(150)[0], 4000), Request(prompts(5)[0], 30)])
         lost.begun.wait(PATIENCE_S)
         kept.begun.wait(PATIENCE_S)
-        until(lambda: any(line.row.stretches for line in batcher._batch.lines))  # It joins after its first text.
-        next(line for line in batcher._batch.lines if line.row.stretches).row.stretches[0].session.close()
+        until(lambda: any(line.row.stretches for line in batcher._writing.lines))  # It joins after its first text.
+        next(line for line in batcher._writing.lines if line.row.stretches).row.stretches[0].session.close()
         assert isinstance(lost.error, SessionExpired)
         assert kept.finished.completion_tokens == 30
 

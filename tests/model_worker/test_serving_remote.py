@@ -58,8 +58,8 @@ def test_a_session_lost_at_the_service_fails_its_row_only(served: tuple[FotModel
         lost, kept = submitted(batcher, [Request(prompts(150)[0], 4000), Request(prompts(5)[0], 30)])
         lost.begun.wait(60)
         kept.begun.wait(60)
-        until(lambda: any(line.row.stretches for line in batcher._batch.lines))  # It joins after its first text.
-        next(line for line in batcher._batch.lines if line.row.stretches).row.stretches[0].session.close()
+        until(lambda: any(line.row.stretches for line in batcher._writing.lines))  # It joins after its first text.
+        next(line for line in batcher._writing.lines if line.row.stretches).row.stretches[0].session.close()
         assert isinstance(lost.error, SessionExpired)
         assert kept.finished.completion_tokens == 30
 
