@@ -17,7 +17,7 @@ from model_worker.deployment.plan import Plan
 from tests.deployment.nodes import RayNodes
 from tests.deployment.traffic import kill, opened, plan, put, reports, running, same_as_one, traffic, until, until_ready
 
-pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however busy a machine.
+pytestmark = pytest.mark.timeout(900)  # Processes that import torch, on however busy a machine.
 NAMES = [f"document-{number}" for number in range(60)]
 
 

@@ -28,7 +28,7 @@ from model_worker.ingestion.intake import IngestReport, settings_of
 from tests.deployment.nodes import ROOT, RayNodes
 from tests.model_worker.tiny import save_tiny_llama
 
-pytestmark = pytest.mark.timeout(400)  # Workers start in seconds, but on a machine that is full in minutes.
+pytestmark = pytest.mark.timeout(900)  # Workers start in seconds, but on a machine that is full in minutes.
 
 FILES = 160
 

@@ -30,7 +30,7 @@ from tests.deployment.doubler import Doubler, refuse
 from tests.deployment.nodes import RayNodes
 from tests.model_worker.trainings import small
 
-pytestmark = pytest.mark.timeout(400)  # Workers start in seconds, but on a machine that is full in minutes.
+pytestmark = pytest.mark.timeout(900)  # Workers start in seconds, but on a machine that is full in minutes.
 
 CREW = Crew(2, 2, cpus=0.5)
 TIMES = ("prefill_s", "answer_s", "seconds", "prefill_tokens_per_s", "encoded_per_s", "index_s")

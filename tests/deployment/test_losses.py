@@ -28,7 +28,7 @@ from tests.deployment.traffic import (
 )
 from tests.memory_service.clusters import LAYER
 
-pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however busy a machine.
+pytestmark = pytest.mark.timeout(900)  # Processes that import torch, on however busy a machine.
 NAMES = [f"document-{number}" for number in range(30)]
 
 

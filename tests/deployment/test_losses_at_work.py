@@ -23,7 +23,7 @@ from tests.deployment.test_ingest import run as run_on_ray
 from tests.deployment.traffic import kill, plan, reports, running, until, until_ready
 from tests.model_worker.workers import QUESTION, with_key
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL = reference.path("reference")
 FILES = 150
 

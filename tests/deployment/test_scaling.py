@@ -21,7 +21,7 @@ from tests.deployment.nodes import RayNodes
 from tests.model_worker.workers import QUESTION, until, with_key
 from tests.ports import own_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SCALE = Scale(1, 2, target_requests=1.0, cpus=0.5, upscale_delay_s=0.5, downscale_delay_s=2.0)
 PROMPT = f"{with_key(4711)} {QUESTION}"
 

@@ -29,7 +29,7 @@ from tests.memory_service.places import serving
 from tests.model_worker.workers import PLAIN_TEMPLATE, QUESTION, text_of, until, with_key
 from tests.ports import own_port
 
-pytestmark = pytest.mark.timeout(300)  # Three processes import torch first.
+pytestmark = pytest.mark.timeout(900)  # Three processes import torch first.
 LOOK = pb.Look(collection="notes", top_k=32)
 
 

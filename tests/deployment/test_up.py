@@ -26,7 +26,7 @@ from tests.memory_service.clusters import SPEC
 from tests.memory_service.test_cli import Fot
 from tests.memory_service.test_tls import Authority
 
-pytestmark = pytest.mark.timeout(300)  # Processes that import torch, on however busy a machine.
+pytestmark = pytest.mark.timeout(900)  # Processes that import torch, on however busy a machine.
 
 
 @pytest.fixture

@@ -209,7 +209,6 @@ def test_a_service_that_cannot_begin_ends_with_the_reason(root: Path, monkeypatc
     assert "no snapshot of memory m" in failed[0].message
 
 
-@pytest.mark.timeout(120)
 def test_a_killed_server_leaves_whole_snapshots_and_memories_and_another_begins_with_them(root: Path) -> None:
     where = ("--listen", "127.0.0.1:0", "--snapshots", root / "snapshots")
     with served(root / "data", *where) as (process, line), Client.open(line.split()[-1]) as client:

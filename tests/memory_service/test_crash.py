@@ -127,7 +127,7 @@ class Witness:
 def kill_and_look(directory: Path, kills: int, seed: int, compactions: int = 0) -> Witness:
     """Kill victims one after the other on the same directory, looking at it after each.
 
-    On a busy machine up to four times as many, until so many compactions were confirmed.
+    On a busy machine up to four times as many, which live longer, until so many compactions were confirmed.
     """
     witness = Witness()
     dice = random.Random(seed)
@@ -139,7 +139,7 @@ def kill_and_look(directory: Path, kills: int, seed: int, compactions: int = 0) 
             pid = cradle.order(directory, seed + turn, witness.sure, witness.version)
             while (words := cradle.hear(60)) != ["ready"]:
                 witness.hear(words)
-            end = time.monotonic() + dice.uniform(0.0, 0.4)
+            end = time.monotonic() + dice.uniform(0.0, 0.4) * (1 + 3 * (turn // kills))
             while time.monotonic() < end:
                 if words := cradle.hear(end - time.monotonic()):
                     witness.hear(words)
