@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memory_service.process.logs import LOG
+from tests.command import Fot
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
@@ -51,6 +52,12 @@ def _log_as_before() -> Iterator[None]:
     LOG.handlers[:] = handlers
     LOG.setLevel(level)
     LOG.propagate = propagate
+
+
+@pytest.fixture
+def fot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fot:
+    """The command line, as a function."""
+    return Fot(monkeypatch, capsys)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

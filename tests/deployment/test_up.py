@@ -20,10 +20,10 @@ from memory_service.types.callers import Role
 from model_worker.deployment import memory_cluster
 from model_worker.deployment.connection import clusters
 from model_worker.deployment.local_ray import LocalRay
+from tests.command import Fot
 from tests.deployment.nodes import RayNodes
 from tests.deployment.traffic import plan
 from tests.memory_service.clusters import SPEC
-from tests.memory_service.test_cli import Fot
 from tests.memory_service.test_tls import Authority
 
 pytestmark = pytest.mark.timeout(900)  # Processes that import torch, on however busy a machine.

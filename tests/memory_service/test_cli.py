@@ -14,50 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from memory_service import Client, DType, Fingerprint, Memory, MemorySpec, NotFound, Unavailable
-from memory_service.cli import doctor, main
+from memory_service.cli import doctor
 from memory_service.cli.environment import known_variables
 from memory_service.cli.serve import _bytes, _plain, _settings
+from tests.command import Fot
 from tests.memory_service.places import QUIET, serving
 
 SPEC = MemorySpec(Fingerprint("tiny"), (3,), 2, 8, DType.F32)
 FOT = (sys.executable, "-m", "memory_service.cli")
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Fot:
-    """Runs `fot` in this process: starting another takes seconds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> Done:
-        self._monkeypatch.setattr(sys, "argv", ["fot", *map(str, arguments)])
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = self._capsys.readouterr()
-        return Done(int(left.value.code or 0), out, err)
-
-
-@pytest.fixture
-def fot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fot:
-    return Fot(monkeypatch, capsys)
 
 
 @pytest.fixture

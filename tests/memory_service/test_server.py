@@ -630,7 +630,7 @@ def test_a_stop_lets_calls_finish_refuses_new_ones_and_says_not_serving() -> Non
         return EMPTY
 
     async def main() -> None:
-        server = Server(SpyStore(answer), settings(drain_grace_s=10.0, drain_delay_s=0.3))
+        server = Server(SpyStore(answer), settings(drain_grace_s=20.0, drain_delay_s=1.0))
         await server.start()
         with calling(server.addresses[0]) as caller, calling(server.addresses[0]) as other:
             await asyncio.to_thread(_health, other)
@@ -639,7 +639,7 @@ def test_a_stop_lets_calls_finish_refuses_new_ones_and_says_not_serving() -> Non
             stopping = asyncio.create_task(server.stop())
             await asyncio.sleep(0.1)
             assert await asyncio.to_thread(_health, other) == health_pb2.HealthCheckResponse.NOT_SERVING
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.5)
             with pytest.raises(Unavailable):
                 await asyncio.to_thread(other.ask, attend(), 5.0)
             assert not stopping.done()

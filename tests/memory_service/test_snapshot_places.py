@@ -29,10 +29,10 @@ from memory_service.client import connection
 from memory_service.server.auth import TokenFile
 from memory_service.settings import StoreOptions
 from memory_service.types.callers import Role
+from tests.command import Fot
 from tests.memory_service.clusters import services, target
 from tests.memory_service.faults import flip_bit, truncate
 from tests.memory_service.places import PLACES, client_at, serving
-from tests.memory_service.test_cli import Fot
 
 SPEC = MemorySpec(Fingerprint("tiny"), (3,), 2, 8, DType.F32)
 WHO = ("acme-admin", "acme-write", "acme-read", "rival-admin")
@@ -136,11 +136,6 @@ def test_over_grpc_a_foreign_snapshot_does_not_exist_and_roles_hold(tmp_path: Pa
 
 
 # --- fot snapshot ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fot:
-    return Fot(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -2,65 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import shutil
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from memory_service import Memory
-from memory_service.cli import main
 from model_worker.cli.opening import load_tokenizer
 from model_worker.cli.sources import write_text
 from model_worker.decoder.model import FotModel
 from model_worker.ingestion.encoding import Encoder
+from tests.command import Fot
 from tests.memory_service.places import QUIET, serving
 from tests.model_worker.tiny import save_tiny_llama
 
 TEXTS = {f"room-{n}.md": f"The code of room {n} is {4711 * (n + 1)}. " * (n + 3) for n in range(3)}
 QUESTION = "What is the code of room 1?"
 SMALL = ("--window", 64, "--last-context", 32)
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def words(self) -> str:
-        """What a reader sees, on one line."""
-        return " ".join(self.out.split())
-
-
-class Fot:
-    """Runs `fot` in this process: starting another takes seconds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object, stdin: str = "") -> Done:
-        self._monkeypatch.setattr(sys, "argv", ["fot", *map(str, arguments)])
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = self._capsys.readouterr()
-        return Done(int(left.value.code or 0), out, err)
-
-
-@pytest.fixture
-def fot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fot:
-    return Fot(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.image import imread
 
 from memory_service import Client
-from memory_service.cli import main
 from memory_service.errors import InvalidArgument
 from model_worker.cli.options import sizes_of
 from model_worker.cli.passkey_progress import PasskeyProgress
@@ -31,6 +30,7 @@ from model_worker.evaluation.trials import Asked, Question, bands_of, trials_of
 from model_worker.settings import FotConfig, Recall
 from model_worker.tasks.landmark import DESCRIPTION, FILLER
 from model_worker.tasks.tokens import Tokenizer, tokens_of
+from tests.command import Done, Fot
 from tests.memory_service.places import serving
 from tests.model_worker.tiny import byte_tokenizer, save_tiny_llama, tiny_model
 
@@ -276,25 +276,14 @@ def test_a_model_without_memory_layers_is_refused() -> None:
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def fot(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs `fot passkey` over the tiny model in this process: starting another takes seconds."""
+    """Runs `fot passkey` over the tiny model."""
+    run = Fot(monkeypatch, capsys)
 
     def command(*arguments: object, fits: bool = True) -> Done:
         given = ["--mem-layers", 2, "--window", WINDOW, "--last-context", LAST] if fits else []
-        line = ["fot", "passkey", "--model", folder, *given, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(one) for one in line])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return Done(int(left.value.code or 0), out, err)
+        return run("passkey", "--model", folder, *given, *arguments)
 
     return command
 

@@ -9,16 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from memory_service.cli import main
 from model_worker.cli import train as command
 from model_worker.training import curves, metrics, snapshots
 from model_worker.training.metrics import Row
 from model_worker.training.run import train
+from tests.command import Fot
 from tests.model_worker.trainings import small
 
 TOML = """
@@ -59,26 +58,6 @@ shapes = [
     {{documents = 2, group = 2, window = 36, hard = 0.5}},
 ]
 """
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Fot:
-    """Runs `fot` in this process: starting another takes seconds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Done:
-        self._monkeypatch.setattr(sys, "argv", ["fot", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = self._capsys.readouterr()
-        return Done(int(left.value.code or 0), out, err)
 
 
 @pytest.fixture

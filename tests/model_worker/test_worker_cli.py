@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import typer
 
 from memory_service import ALL_DOCUMENTS, DType, InvalidArgument, Memory, Where
-from memory_service.cli import app, console, main
+from memory_service.cli import app, console
 from model_worker import cli
 from model_worker.cli import options
 from model_worker.cli.opening import load_model, load_tokenizer
@@ -23,35 +23,9 @@ from model_worker.cli.progress import Progress
 from model_worker.corpus import Source
 from model_worker.ingestion.intake import IngestReport
 from model_worker.settings import LogitScaling, SelfExtend
+from tests.command import Fot
 from tests.memory_service.places import serving
 from tests.model_worker.tiny import save_tiny, save_tiny_llama
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Fot:
-    """Runs `fot` in this process: starting another takes seconds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> Done:
-        self._monkeypatch.setattr(sys, "argv", ["fot", *map(str, arguments)])
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = self._capsys.readouterr()
-        return Done(int(left.value.code or 0), out, err)
-
-
-@pytest.fixture
-def fot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fot:
-    return Fot(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
