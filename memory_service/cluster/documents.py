@@ -15,6 +15,7 @@ from typing import Any
 from memory_service.cluster.route import FIRST_PAUSE_S, LONGEST_PAUSE_S, Route, lost_shard
 from memory_service.cluster.steps import Flow, Pause, Together, outcomes
 from memory_service.errors import (
+    DeadlineExceeded,
     FotError,
     InvalidArgument,
     NotFound,
@@ -81,6 +82,7 @@ def _written(route: Route, shards: Sequence[Shard], deliver: Callable[[int], Flo
     stamp.generation = stamp.generation or given or route.stamps.next()
     until = min(route.budget.until, route.budget.now() + route.options.patience_s)
     pause, tries = FIRST_PAUSE_S, 0
+    lost: Unavailable | None = None
     while True:
         told = yield from deliver(stamp.generation)
         newer = [one for one in told.values() if isinstance(one, Superseded)]
@@ -98,12 +100,15 @@ def _written(route: Route, shards: Sequence[Shard], deliver: Callable[[int], Flo
         if not _enough(route, shards[0], told):
             refused = _refusal(shards[0], told)
             hearsay = isinstance(refused, NotFound) and (yield from _is_hearsay(route, shards[0], told))
+            if isinstance(refused, DeadlineExceeded):
+                raise lost or refused  # Whose absence took the time tells more than that it passed.
             if refused is not None and not hearsay:
                 raise refused
+        without = next(shard for shard in shards if not _enough(route, shard, told))
+        lost = lost_shard(without, [told[a] for a in without.addresses if isinstance(told.get(a), FotError)])
         yield from route.look()
         if route.budget.now() + pause >= until:
-            lost = next(shard for shard in shards if not _enough(route, shard, told))
-            raise lost_shard(lost, [told[a] for a in lost.addresses if isinstance(told.get(a), FotError)])
+            raise lost
         yield Pause(pause)
         pause = min(LONGEST_PAUSE_S, 2 * pause)
 

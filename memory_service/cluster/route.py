@@ -83,6 +83,7 @@ class Route:
         `avoid` are replicas asked last. Raises Unavailable with the reason MISSING if none answers.
         """
         patience = Patience(self.budget, self.options.patience_s if patient and not self.degrades else 0.0)
+        lost: Unavailable | None = None
         while True:
             order = self.health.order(shard.addresses)
             order.sort(key=lambda address: address in avoid)
@@ -92,9 +93,12 @@ class Route:
                     answer: Answer = yield First(self._in_turn(shard, order[:1], verb), later, self.options.hedge_s)
                     return answer
                 return (yield from self._in_turn(shard, order, verb))
+            except DeadlineExceeded as error:
+                raise lost or error from None  # Whose absence took the time tells more than that it passed.
             except Unavailable as error:
                 if not missing(error):
                     raise
+                lost = error
                 yield from self.look()
                 pause = patience.pause_s()
                 if pause is None:

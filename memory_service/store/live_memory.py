@@ -89,7 +89,8 @@ class LiveMemory:
     @property
     def dead_bytes(self) -> int:
         """Bytes in segments that belong to no live document."""
-        return max(0, sum(part.nbytes for ref in self.segments.values() for part in ref.parts) - self.nbytes)
+        segments = self.segments.copy().values()  # A commit may add to them at any time.
+        return max(0, sum(part.nbytes for ref in segments for part in ref.parts) - self.nbytes)
 
     def stored_bytes(self, tokens: int) -> int:
         """Bytes a document of so many tokens takes: keys, values and token ids."""

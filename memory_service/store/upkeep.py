@@ -111,7 +111,7 @@ class Upkeep:
         """Take up the sidecars of an earlier run; any that does not match in every detail is deleted."""
         if self._indexes is None:
             return
-        rows = {one.row.pk: one.row for one in memory.documents.values()}
+        rows = {one.row.pk: one.row for one in memory.documents.copy().values()}
         units: list[IndexUnit] = []
         directory = self._indexes / memory.row.key
         for name in self._vfs.list_directory(directory):
@@ -228,7 +228,7 @@ class Upkeep:
         if files is None:
             return "nothing of this memory is on disk"
         with memory.reading():
-            refs = list(memory.segments.values())
+            refs = list(memory.segments.copy().values())
             total, done = sum(ref.nbytes for ref in refs), 0
             problems: list[str] = []
 

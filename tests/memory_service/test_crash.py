@@ -63,13 +63,16 @@ class Nursery:
 @contextmanager
 def nursery() -> Iterator[Nursery]:
     command = [sys.executable, "-m", "tests.memory_service.victims"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
         try:
             yield Nursery(process)
-        finally:
             assert process.stdin
             process.stdin.close()
             process.wait(30)
+        finally:
+            if process.poll() is None:  # A victim may be left: it writes until it is killed.
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 class Witness:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +113,33 @@ def test_statistics_count_what_is_there(store: Store) -> None:
     one, both = store.run(ME, verbs.GetStats("m")), store.run(ME, verbs.GetStats())
     assert (one.documents, one.tokens, one.bytes) == (1, 5, 5 * (SPEC.bytes_per_token + 4))
     assert (both.documents, both.tokens, both.memory) == (2, 12, "")
+
+
+def test_figures_can_be_asked_while_documents_come(disk: Store) -> None:
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not stop.is_set():
+                disk.run(ME, verbs.GetStats("m"))
+        except BaseException as error:
+            failures.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # As on a machine that is busy.
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    try:
+        for asker in askers:
+            asker.start()
+        for number in range(60):
+            put(disk, "m", document(f"x{number}", 3, SPEC, number))
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()
+        sys.setswitchinterval(before)
+    assert failures == []
 
 
 # --- Life -----------------------------------------------------------------------------------------------------------
