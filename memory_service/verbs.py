@@ -285,11 +285,22 @@ class CreateSnapshot(Verb[Operation]):
     """Keep the memory as it is at this moment. The same id again returns the operation that makes or made it.
 
     AlreadyExists if the id names another snapshot. Without an id every call makes one, named by the time.
+    With `hold_s` nothing is written to the memory from that moment on until `ReleaseHold`, or so long: without that in
+    time the operation fails.
     """
 
     role = Role.ADMIN
     memory: str
     snapshot: str = ""
+    hold_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseHold(Verb[Operation]):
+    """Let the writers go that a snapshot's operation holds. FailedPrecondition if it was too late."""
+
+    role = Role.ADMIN
+    operation: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Snapshots of a cluster's memories: one part a shard, under one id.
 
-A part is of one moment; those of several shards are of moments close to each other, not of the same.
+All parts are of one moment: every shard holds its writers from its own moment on until all have theirs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from memory_service.cluster.memories import check_each_shard, one_operation, operation_parts
 from memory_service.cluster.route import BEHIND, Route, lost_shard
-from memory_service.cluster.steps import Flow, Together, answers, outcomes
+from memory_service.cluster.steps import Flow, Pause, Together, answers, outcomes
 from memory_service.errors import AlreadyExists, FailedPrecondition, FotError, NotFound, Unavailable
 from memory_service.paging import page_of
 from memory_service.shards import OTHER_NAME, Shard, stamp_at
@@ -27,20 +27,54 @@ from memory_service.verbs import (
     GetSnapshot,
     ListSnapshots,
     MarkBehind,
+    ReleaseHold,
     RestoreSnapshot,
 )
 
+HOLD_S = 10.0  # A shard that takes longer to note what it has fails the snapshot.
+_LOOKS, _LOOK_S = 40, 0.05
+
 
 def create(route: Route, verb: CreateSnapshot) -> Flow[Operation]:
-    """Take a part of every shard, of one replica that lacks nothing. The same id again makes what is missing."""
+    """Take a part of every shard, of one replica that lacks nothing, all at one moment.
+
+    The same id again is the same snapshot; FailedPrecondition if only some shards have it. Writers wait for one
+    exchange with every shard, and if this client dies meanwhile for HOLD_S.
+    """
     if not verb.snapshot:
         raise FailedPrecondition("a cluster's snapshot needs an id, so that its shards give it the same")
     _check_settled(route)
     yield from route.patiently(route.map.addresses, GetShardMap(), each_shard=True)
-    flows = [_one_of(route, shard, verb) for shard in route.map.shards]
-    found = outcomes((yield Together(flows)))
-    route.check_missing(found)
-    return one_operation(dict(answers(found)))
+    if len(route.map.shards) > 1:
+        verb = replace(verb, hold_s=HOLD_S)
+    found = yield Together([_one_of(route, shard, verb) for shard in route.map.shards])
+    begun: dict[str, Operation] = dict(one for one in found if not isinstance(one, FotError))
+    held = [address for address, one in begun.items() if one.held_until]
+    try:
+        route.check_missing(outcomes(found))
+        answers(found)
+        if held and len(held) < len(begun):
+            raise FailedPrecondition(
+                f"some shards have snapshot {verb.snapshot!r} already, of another moment; delete it and take it again, "
+                "or choose another id",
+                reason="SNAPSHOT_INCOMPLETE",
+            )
+        # Nobody writes anywhere now.
+        answers((yield Together([route.at(address, ReleaseHold(begun[address].id)) for address in held])))
+    except FotError:
+        yield from _give_up(route, {address: begun[address] for address in held})
+        raise
+    return replace(one_operation(begun), held_until=0.0)
+
+
+def _give_up(route: Route, begun: dict[str, Operation]) -> Flow[None]:
+    """Cancel work, and wait a little for its end: until then the snapshot cannot be deleted."""
+    yield Together([route.at(address, CancelOperation(one.id)) for address, one in begun.items()])
+    for _ in range(_LOOKS):
+        found = yield Together([route.at(address, GetOperation(one.id)) for address, one in begun.items()])
+        if not any(isinstance(one, Operation) and one.state is OperationState.RUNNING for one in found):
+            return
+        yield Pause(_LOOK_S)
 
 
 def _one_of(route: Route, shard: Shard, verb: CreateSnapshot) -> Flow[tuple[str, Operation]]:
@@ -118,7 +152,7 @@ def restore(route: Route, verb: RestoreSnapshot) -> Flow[Operation]:
     found = outcomes((yield Together([route.at(address, verb) for address in holders])))
     begun = {address: one for address, one in zip(holders, found, strict=True) if isinstance(one, Operation)}
     if len(begun) < len(found):
-        yield Together([route.at(address, CancelOperation(one.id)) for address, one in begun.items()])
+        yield from _give_up(route, begun)
     answers(found)
     return one_operation(begun, lacking)
 

@@ -76,6 +76,7 @@ POLICY: Mapping[str, Role | None] = {
     _OURS + "ListOperations": Role.READ,
     _OURS + "CancelOperation": Role.ADMIN,
     _OURS + "CreateSnapshot": Role.ADMIN,
+    _OURS + "ReleaseHold": Role.ADMIN,
     _OURS + "GetSnapshot": Role.READ,
     _OURS + "ListSnapshots": Role.READ,
     _OURS + "DeleteSnapshot": Role.ADMIN,

@@ -38,6 +38,7 @@ from memory_service.verbs import (
     ListSnapshots,
     OpenSession,
     PutDocument,
+    ReleaseHold,
     RenewSession,
     Search,
     Verb,
@@ -50,7 +51,8 @@ Answer = TypeVar("Answer")
 PIPELINE = 4  # Chunks of one stream on their way to the disk.
 CHUNK_BYTES = 1 << 20
 _MESSAGE_MARGIN = 64 << 10  # Of an answer, beside its tensors.
-_ATTEND = (Attend, Search, AppendSessions, OpenSession, RenewSession, CloseSession)
+# The last lets go those who fill the other pools.
+_ATTEND = (Attend, Search, AppendSessions, OpenSession, RenewSession, CloseSession, ReleaseHold)
 _INGEST = (PutDocument, BeginUpload, GetUpload, CommitUpload, AbortUpload, DeleteDocument, CreateMemory, DeleteMemory)
 _LISTINGS = (ListMemories, ListDocuments, ListDeleted, ListOperations, ListSnapshots)
 

@@ -55,8 +55,19 @@ class Operations:
         wanted = (memory, kind, snapshot)
         return next((one for one in self.list(tenant, memory) if (one.memory, one.kind, one.snapshot) == wanted), None)
 
-    def start(self, tenant: str, memory: str, kind: OperationKind, work: Work, snapshot: str = "") -> Operation:
-        """Run work in the background; if the memory already has such work running, that one."""
+    def start(
+        self,
+        tenant: str,
+        memory: str,
+        kind: OperationKind,
+        work: Work,
+        snapshot: str = "",
+        cancel: Cancel | None = None,
+    ) -> Operation:
+        """Run work in the background; if the memory already has such work running, that one.
+
+        `cancel` is told when the work is cancelled.
+        """
         now = time.time()
         wanted = (tenant, memory, kind, snapshot, OperationState.RUNNING)
         with self._lock:
@@ -68,7 +79,7 @@ class Operations:
             self._all[operation.id] = (tenant, operation)
             for old in [key for key, (_, one) in self._all.items() if one.state is not OperationState.RUNNING][:-_KEPT]:
                 del self._all[old]
-            cancel = self._cancels[operation.id] = Cancel()
+            cancel = self._cancels[operation.id] = cancel or Cancel()
         try:
             self._catalog.save_operation(tenant, operation)
         except ResourceExhausted as error:  # Compaction is what a full disk needs.

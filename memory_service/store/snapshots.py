@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from memory_service import verbs
 from memory_service.errors import AlreadyExists, DataLoss, FailedPrecondition, FotError, NotFound, QuotaExceeded
@@ -19,21 +20,34 @@ from memory_service.paging import page_of
 from memory_service.settings import StoreOptions
 from memory_service.storage.memory_file import MemoryFile
 from memory_service.storage.parts import SegmentRef
+from memory_service.storage.records import MemoryRow
 from memory_service.storage.segments import SegmentFiles
 from memory_service.storage.snapshot_file import Contents, Description, SegmentEntry, directory_name, tenant_directory
 from memory_service.storage.snapshot_files import Found, SnapshotFiles
 from memory_service.storage.vfs import StorageFailed
+from memory_service.store.holds import Hold
+from memory_service.store.live_document import LiveDocument
 from memory_service.store.live_memory import LiveMemory
 from memory_service.store.membership import Membership
 from memory_service.store.operations import Operations
 from memory_service.types.callers import Cancel
 from memory_service.types.listings import Page
 from memory_service.types.operations import Operation, OperationKind, OperationState
-from memory_service.types.snapshots import Snapshot, check_snapshot_id, fresh_snapshot_id
+from memory_service.types.snapshots import Snapshot, check_hold, check_snapshot_id, fresh_snapshot_id
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # Bytes done, bytes in all.
+
+
+class Noted(NamedTuple):
+    """What a memory is, as long as nobody writes to it; its files stay until `release`."""
+
+    row: MemoryRow
+    documents: dict[str, LiveDocument]
+    segments: dict[int, SegmentRef]
+    graves: dict[str, int]
+    release: ExitStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +79,7 @@ class Snapshots:
         self._lock = threading.Lock()
         self._making: set[Found] = set()
         self._held: list[Found] = []  # By restores.
+        self._holds: dict[tuple[str, str], Hold] = {}  # Of writers, by tenant and snapshot: the latest.
 
     def close(self) -> None:
         """Close every file."""
@@ -140,10 +155,12 @@ class Snapshots:
         name = memory.row.name
         snapshot = verb.snapshot or fresh_snapshot_id()
         check_snapshot_id(snapshot)
+        check_hold(verb.hold_s)
         with self._lock:
             before = self._operations.find(tenant, name, OperationKind.SNAPSHOT, snapshot)
             if before is not None and before.state is OperationState.RUNNING:
-                return before
+                known = self._holds.get((tenant, snapshot))
+                return replace(before, held_until=known.until) if known and known.holds else before
             member = self._membership.member
             if member.map is not None and member.map.also:
                 raise moving()
@@ -153,15 +170,33 @@ class Snapshots:
                     return before
                 raise AlreadyExists(f"there is a snapshot {snapshot!r} already; delete it, or choose another id")
             self._check_count(tenant, place)
-            moment = self._moment(memory, snapshot)
+            cancel = Cancel()
+            hold = Hold(memory.writing, verb.hold_s, cancel) if verb.hold_s else None
+            noted = _note(memory) if hold is None else hold.begin(lambda: _note(memory))
             self._making.add(place)
             try:
-                work = self._making_work(memory, place, moment)
-                return self._operations.start(tenant, name, OperationKind.SNAPSHOT, work, snapshot)
+                work = self._making_work(memory, place, self._moment(noted, snapshot), hold)
+                begun = self._operations.start(tenant, name, OperationKind.SNAPSHOT, work, snapshot, cancel)
             except BaseException:
+                cancel.cancel()
                 self._making.discard(place)
-                moment.release.close()
+                noted.release.close()
                 raise
+            if hold is None:
+                return begun
+            self._holds = {key: one for key, one in self._holds.items() if one.holds} | {(tenant, snapshot): hold}
+            return replace(begun, held_until=hold.until)
+
+    def release(self, tenant: str, operation: str) -> Operation:
+        """Let the writers go that an operation of `create` holds; harmless twice. FailedPrecondition if too late."""
+        found = self._operations.get(tenant, operation)
+        hold = self._holds.get((tenant, found.snapshot)) if found.kind is OperationKind.SNAPSHOT else None
+        going_on = found.kind is OperationKind.SNAPSHOT and found.state in (OperationState.RUNNING, OperationState.DONE)
+        if not (going_on if hold is None else hold.release()):
+            raise FailedPrecondition(
+                f"operation {operation} holds no writers any more; take the snapshot again", reason="HOLD_ENDED"
+            )
+        return found
 
     def _check_count(self, tenant: str, place: Found) -> None:
         kept = {one for one in self.files.list(place.tenant) if one.shard == place.shard}
@@ -171,42 +206,42 @@ class Snapshots:
                 f"the tenant has {self._options.tenant_snapshots} snapshots, which is its limit; delete some"
             )
 
-    def _moment(self, memory: LiveMemory, snapshot: str) -> Moment:
-        with ExitStack() as keeping:
-            with memory.writing:
-                keeping.enter_context(memory.reading())
-                if memory.deleted:
-                    raise NotFound(f"no memory {memory.row.name!r}; create it first")
-                row, documents = memory.row, memory.documents.copy()
-                refs, graves = memory.segments.copy(), memory.graves.copy()
-            # In the order of their commits: restored in another, sums over them would end in other last bits.
-            live = sorted((one.row for one in documents.values()), key=lambda row: row.pk)
-            segments = tuple(refs[pk] for pk in sorted({pk for one in live for pk, _ in one.parts}))
-            contents = Contents(
-                next_generation=row.next_generation,
-                documents=tuple((one.id, one.generation) for one in live),
-                deleted=tuple(sorted(pair for pair in graves.items() if pair[0] and pair[0] not in documents)),
-                segments=tuple(SegmentEntry(s.path, s.nbytes, s.header_bytes, s.header_crc) for s in segments),
-            )
-            member = self._membership.member
-            told = Description(
-                id=snapshot,
-                memory=MemoryFile(row.tenant, row.name, row.spec, row.created_at),
-                created_at=time.time(),
-                documents=len(live),
-                tokens=sum(one.tokens for one in live),
-                nbytes=sum(one.nbytes for one in segments),
-                shard=member.shard if member.map else "",
-                shards=member.map.ids if member.map and member.shard else (),
-                contents_nbytes=0,
-                contents_crc=0,
-            )
-            return Moment(told, contents, segments, keeping.pop_all())
+    def _moment(self, noted: Noted, snapshot: str) -> Moment:
+        row = noted.row
+        # In the order of their commits: restored in another, sums over them would end in other last bits.
+        live = sorted((one.row for one in noted.documents.values()), key=lambda row: row.pk)
+        segments = tuple(noted.segments[pk] for pk in sorted({pk for one in live for pk, _ in one.parts}))
+        dead = [(name, last) for name, last in noted.graves.items() if name and name not in noted.documents]
+        contents = Contents(
+            next_generation=row.next_generation,
+            documents=tuple((one.id, one.generation) for one in live),
+            deleted=tuple(sorted(dead)),
+            segments=tuple(SegmentEntry(s.path, s.nbytes, s.header_bytes, s.header_crc) for s in segments),
+        )
+        member = self._membership.member
+        told = Description(
+            id=snapshot,
+            memory=MemoryFile(row.tenant, row.name, row.spec, row.created_at),
+            created_at=time.time(),
+            documents=len(live),
+            tokens=sum(one.tokens for one in live),
+            nbytes=sum(one.nbytes for one in segments),
+            shard=member.shard if member.map else "",
+            shards=member.map.ids if member.map and member.shard else (),
+            contents_nbytes=0,
+            contents_crc=0,
+        )
+        return Moment(told, contents, segments, noted.release)
 
-    def _making_work(self, memory: LiveMemory, place: Found, moment: Moment) -> Callable[[Progress, Cancel], str]:
+    def _making_work(
+        self, memory: LiveMemory, place: Found, moment: Moment, hold: Hold | None
+    ) -> Callable[[Progress, Cancel], str]:
         def work(progress: Progress, cancel: Cancel) -> str:
             try:
                 with moment.release:
+                    if hold is not None and not hold.wait():
+                        cancel.check()
+                        raise FailedPrecondition("nobody let the writers go in time", reason="HOLD_ENDED")
                     return self._make(memory, moment, progress, cancel)
             finally:
                 with self._lock:
@@ -241,6 +276,15 @@ class Snapshots:
                 raise FailedPrecondition(f"snapshot {snapshot!r} is being restored; wait for that operation")
             for one in mine:
                 self.files.delete(one)
+
+
+def _note(memory: LiveMemory) -> Noted:
+    with memory.writing, ExitStack() as keeping:
+        keeping.enter_context(memory.reading())
+        if memory.deleted:
+            raise NotFound(f"no memory {memory.row.name!r}; create it first")
+        documents, segments, graves = memory.documents.copy(), memory.segments.copy(), memory.graves.copy()
+        return Noted(memory.row, documents, segments, graves, keeping.pop_all())
 
 
 def adding(progress: Progress, total: int) -> Callable[[int], None]:

@@ -109,6 +109,7 @@ class Store:
             verbs.ListOperations: self._list_operations,
             verbs.CancelOperation: self._cancel_operation,
             verbs.CreateSnapshot: lambda t, v, _: self._snapshots.create(t, get(t, v.memory), v),
+            verbs.ReleaseHold: lambda t, v, _: self._snapshots.release(t, v.operation),
             verbs.GetSnapshot: lambda t, v, _: self._snapshots.get(t, v.snapshot),
             verbs.ListSnapshots: lambda t, v, _: self._snapshots.list(t, v),
             verbs.DeleteSnapshot: lambda t, v, _: self._snapshots.delete(t, v.snapshot),

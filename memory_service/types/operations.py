@@ -35,3 +35,4 @@ class Operation:
     created_at: float
     updated_at: float
     snapshot: str = ""  # Of SNAPSHOT and RESTORE: the snapshot's id.
+    held_until: float = 0.0  # In the answer of CreateSnapshot: when writers go on at the latest. 0: they are not held.

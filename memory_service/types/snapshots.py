@@ -6,7 +6,10 @@ import secrets
 import time
 from dataclasses import dataclass
 
+from memory_service.errors import InvalidArgument
 from memory_service.types.names import check_name
+
+MAX_HOLD_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,12 @@ class Snapshot:
     shards: tuple[str, ...] = ()  # The shards of the map then, by id; none if the process belonged to no cluster.
     missing: tuple[str, ...] = ()  # Of `shards`, those whose part of the snapshot was not found.
     problem: str = ""  # Why it cannot be restored, as far as its description tells.
+
+
+def check_hold(seconds: float) -> None:
+    """Raise InvalidArgument unless writers may be held so long."""
+    if not 0 <= seconds <= MAX_HOLD_S:
+        raise InvalidArgument(f"writers can be held for 0 to {MAX_HOLD_S:.0f} seconds, got {seconds:g}")
 
 
 def check_snapshot_id(snapshot: str) -> None:

@@ -170,6 +170,11 @@ class MemoryServiceStub:
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotRequest.SerializeToString,
                 response_deserializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotResponse.FromString,
                 _registered_method=True)
+        self.ReleaseHold = channel.unary_unary(
+                '/memory_service.v1.MemoryService/ReleaseHold',
+                request_serializer=memory__service_dot_v1_dot_memory__pb2.ReleaseHoldRequest.SerializeToString,
+                response_deserializer=memory__service_dot_v1_dot_memory__pb2.ReleaseHoldResponse.FromString,
+                _registered_method=True)
         self.GetSnapshot = channel.unary_unary(
                 '/memory_service.v1.MemoryService/GetSnapshot',
                 request_serializer=memory__service_dot_v1_dot_memory__pb2.GetSnapshotRequest.SerializeToString,
@@ -425,6 +430,16 @@ class MemoryServiceServicer:
         ALREADY_EXISTS: the id names another snapshot. INVALID_ARGUMENT: the id. FAILED_PRECONDITION: the store is in RAM
         (NO_FILES), or documents are moving between shards (MOVING). RESOURCE_EXHAUSTED with QuotaFailure: the tenant's
         snapshots. The operation fails where the snapshots' disk does (DISK_FULL, SNAPSHOTS_FAILED) or a segment is damaged.
+        With `hold` nothing is written to the memory from that moment on until ReleaseHold: so several processes keep theirs
+        as of one moment. Nobody who comes back in time: the operation fails, and there is no snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseHold(self, request, context):
+        """ADMIN. Lets the writers go that a snapshot's operation holds, and the snapshot be made. May be repeated. NOT_FOUND: the
+        operation. FAILED_PRECONDITION (HOLD_ENDED): it was too late, or the operation is of another kind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -624,6 +639,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.CreateSnapshot,
                     request_deserializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotRequest.FromString,
                     response_serializer=memory__service_dot_v1_dot_memory__pb2.CreateSnapshotResponse.SerializeToString,
+            ),
+            'ReleaseHold': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseHold,
+                    request_deserializer=memory__service_dot_v1_dot_memory__pb2.ReleaseHoldRequest.FromString,
+                    response_serializer=memory__service_dot_v1_dot_memory__pb2.ReleaseHoldResponse.SerializeToString,
             ),
             'GetSnapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSnapshot,
@@ -1391,6 +1411,33 @@ class MemoryService:
             '/memory_service.v1.MemoryService/CreateSnapshot',
             memory__service_dot_v1_dot_memory__pb2.CreateSnapshotRequest.SerializeToString,
             memory__service_dot_v1_dot_memory__pb2.CreateSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseHold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memory_service.v1.MemoryService/ReleaseHold',
+            memory__service_dot_v1_dot_memory__pb2.ReleaseHoldRequest.SerializeToString,
+            memory__service_dot_v1_dot_memory__pb2.ReleaseHoldResponse.FromString,
             options,
             channel_credentials,
             insecure,

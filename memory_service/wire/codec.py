@@ -186,6 +186,15 @@ def _read_open_session(r: pb.OpenSessionRequest) -> v.OpenSession:
     return v.OpenSession(r.memory, m.read_fingerprint(r.fingerprint), lease_s, r.session)
 
 
+def _write_create_snapshot(verb: v.CreateSnapshot) -> Message:
+    hold = m.write_duration(verb.hold_s, "hold") if verb.hold_s else None
+    return pb.CreateSnapshotRequest(memory=verb.memory, snapshot=verb.snapshot, hold=hold)
+
+
+def _read_create_snapshot(r: pb.CreateSnapshotRequest) -> v.CreateSnapshot:
+    return v.CreateSnapshot(r.memory, r.snapshot, m.read_duration(r.hold))
+
+
 def _write_appends(verb: v.AppendSessions) -> Message:
     return pb.AppendSessionsRequest(memory=verb.memory, appends=map(m.write_append, verb.appends))
 
@@ -403,7 +412,8 @@ RPCS: Mapping[type[v.Verb[Any]], Rpc] = {
         _rpc(v.GetOperation, _OPERATION),
         _rpc(v.ListOperations, _page("operations", m.write_operation, m.read_operation)),
         _rpc(v.CancelOperation, _OPERATION),
-        _rpc(v.CreateSnapshot, _OPERATION),
+        _rpc(v.CreateSnapshot, _OPERATION, _write_create_snapshot, _read_create_snapshot),
+        _rpc(v.ReleaseHold, _OPERATION),
         _rpc(v.GetSnapshot, _one("snapshot", m.write_snapshot, m.read_snapshot)),
         _rpc(v.ListSnapshots, _page("snapshots", m.write_snapshot, m.read_snapshot)),
         _rpc(v.DeleteSnapshot, _NOTHING),

@@ -303,6 +303,7 @@ def write_operation(operation: Operation) -> pb.Operation:
         created_at=write_time(operation.created_at),
         updated_at=write_time(operation.updated_at),
         snapshot=operation.snapshot,
+        held_until=write_time(operation.held_until) if operation.held_until else None,
     )
 
 
@@ -318,6 +319,7 @@ def read_operation(message: pb.Operation) -> Operation:
         created_at=read_time(message.created_at),
         updated_at=read_time(message.updated_at),
         snapshot=message.snapshot,
+        held_until=read_time(message.held_until) if message.HasField("held_until") else 0.0,
     )
 
 

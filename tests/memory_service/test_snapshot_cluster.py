@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from memory_service import (
     AlreadyExists,
     Client,
     FailedPrecondition,
+    FotError,
     InvalidArgument,
     Memory,
     NotFound,
@@ -24,9 +28,12 @@ from memory_service import (
 )
 from memory_service.client import connection
 from memory_service.cluster.caretaker import Caretaker
+from memory_service.cluster.snapshots import HOLD_S
+from memory_service.store import snapshots
+from memory_service.store.live_memory import LiveMemory
 from memory_service.types.operations import Operation
 from memory_service.verbs import GetMemory, RestoreSnapshot
-from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target
+from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target, until
 from tests.memory_service.places import QUIET
 
 IDS = [f"doc-{number}" for number in range(8)]
@@ -224,6 +231,110 @@ def test_a_process_that_is_just_coming_back_is_waited_for(pairs: list[Service]) 
         assert client.memory("m").info().tokens == tokens
         assert [one.name for one in client.memories()] == ["m", "other"]
         assert list(client.snapshots()) == []
+
+
+class Writer:
+    """Stores documents one after the other, each once the one before is acknowledged; deletes every third of them."""
+
+    def __init__(self, memory: Memory):
+        self._memory = memory
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.failures: list[BaseException] = []
+        self.written = 0
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._memory.put(f"w{self.written:04}", *drawn(self.written, 2))
+                self.written += 1
+                if self.written % 3 == 0:
+                    self._memory.delete(f"w{self.written - 1:04}")
+        except BaseException as error:
+            self.failures.append(error)
+
+
+def kept_at(root: Path, name: str) -> set[str]:
+    """The documents that the parts of a snapshot hold."""
+    parts = [json.loads(path.read_text()) for path in root.glob(f"default/{name}@*/contents.json")]
+    return {document for part in parts for document, _ in part["documents"]}
+
+
+@pytest.mark.parametrize("pairs", [SHARED], indirect=True)
+def test_all_shards_are_kept_as_of_one_moment(pairs: list[Service], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is in, is in with every write that was acknowledged before it, whichever shard took that."""
+    note = snapshots._note
+    late = iter([0.0, 0.3] * 3)  # Of two shards one is slow to note what it has.
+
+    def slow(memory: LiveMemory) -> Any:
+        time.sleep(next(late))
+        return note(memory)
+
+    monkeypatch.setattr(snapshots, "_note", slow)
+    root = pairs[0].options.snapshots
+    assert root is not None
+    with Client.open(of(pairs)) as client:
+        memory = client.memory("m", SPEC)
+        with Writer(memory) as writer:
+            for turn in range(3):
+                before = writer.written
+                until(lambda wanted=before + 20: writer.written >= wanted)
+                ended(client, memory.snapshot(f"turn-{turn}"))
+        assert writer.failures == []
+    for turn in range(3):
+        kept = kept_at(root, f"turn-{turn}")
+        last = max(int(name[1:]) for name in kept)
+        deleted = {f"w{number:04}" for number in range(last) if number % 3 == 2}
+        assert kept == {f"w{number:04}" for number in range(last + 1)} - deleted, f"turn {turn}"
+        assert last >= 18 * (turn + 1)
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_a_shard_that_takes_no_part_keeps_no_writer_waiting(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
+        memory = filled(client)
+        for one in pairs[2:]:  # No file can be put below a file.
+            (one.directory / "snapshots").write_text("")
+        began = time.monotonic()
+        told = None
+        with suppress(FotError):
+            told = client.wait(memory.snapshot("one"), 30)
+        assert told is None or told.state is OperationState.FAILED
+        memory.put("later", *drawn(50, 3))
+        assert time.monotonic() - began < HOLD_S
+        for one in pairs[2:]:
+            (one.directory / "snapshots").unlink()
+        for snapshot in list(client.snapshots()):
+            with pytest.raises(FailedPrecondition, match="of another moment"):
+                memory.snapshot(snapshot.id)
+            client.delete_snapshot(snapshot.id)
+        ended(client, memory.snapshot("one"))
+        assert client.snapshot("one").documents == len(IDS) + 1
+        assert keeper.status().whole
+
+
+@pytest.mark.parametrize("pairs", [OWN], indirect=True)
+def test_parts_of_different_moments_are_not_put_together(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client:
+        memory = filled(client)
+        ended(client, memory.snapshot("one"))
+        (part,) = [path for one in pairs for path in one.directory.glob("snapshots/default/one@s1")]
+        shutil.rmtree(part)
+        with pytest.raises((FailedPrecondition, AlreadyExists), match=r"delete it"):
+            memory.snapshot("one")
+        memory.put("later", *drawn(50, 3))  # Nobody is held.
+        assert client.snapshot("one").missing == ("s1",)
+        client.delete_snapshot("one")
+        ended(client, memory.snapshot("one"))
+        assert client.snapshot("one").documents == len(IDS) + 1
 
 
 @pytest.mark.parametrize("pairs", [OWN], indirect=True)
