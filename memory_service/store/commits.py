@@ -77,10 +77,11 @@ class Commits:
         return DocumentInfo(**json.loads(row.answer))
 
     def commit(self, job: Job) -> DocumentInfo:
-        """Wait until the document is durable and visible."""
+        """Wait until the document is durable and visible. ResourceExhausted if writers are held for long."""
         with self._turn:
             self._queue.append(job)
         while not job.done():
+            self._wait_for_holds(job)
             with self._turn:
                 while self._leading and not job.done():
                     self._turn.wait()
@@ -99,9 +100,22 @@ class Commits:
         assert job.answer is not None
         return job.answer
 
+    def _wait_for_holds(self, job: Job) -> None:
+        """Who is held gives its turn to others, and in the end its place in the queue, unless it was taken."""
+        try:
+            job.memory.wait_for_holds()
+        except FotError:
+            with self._turn:
+                if job not in self._queue:
+                    return
+                self._queue.remove(job)
+            raise
+
     def _commit_queued(self) -> None:
         with self._turn:
-            memory = self._queue[0].memory
+            memory = next((job.memory for job in self._queue if not job.memory.writers_wait), None)
+            if memory is None:
+                return
             batch: list[Job] = []
             size = 0
             for job in self._queue:
@@ -114,6 +128,10 @@ class Commits:
             self._queue = [job for job in self._queue if job not in set(batch)]
         try:
             with memory.writing:
+                if memory.writers_wait:  # Since just now.
+                    with self._turn:
+                        self._queue = batch + self._queue
+                    return
                 ready = [job for job in batch if self._may_commit(job)]
                 if ready:
                     self._commit(memory, ready)

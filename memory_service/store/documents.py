@@ -118,7 +118,7 @@ class Documents:
     def delete(self, tenant: str, memory: LiveMemory, verb: verbs.DeleteDocument) -> None:
         """Delete a document. The catalogue's transaction commits it; the log line only serves a rebuild."""
         fingerprint = hashlib.sha256(json.dumps(["delete", verb.memory, verb.document]).encode()).hexdigest()
-        with memory.writing:
+        with memory.changing():
             done = self._catalog.request(tenant, verb.request_id) if verb.request_id else None
             if done is not None:
                 if done.fingerprint != fingerprint:

@@ -4,70 +4,54 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
 
 from memory_service.types.callers import Cancel
-
-Noted = TypeVar("Noted")
 
 _LOOK_S = 0.02  # How soon a cancelled hold ends.
 
 
 class Hold:
-    """Holds a lock for whoever comes back to release it, at most so long. Thread-safe."""
+    """Holds until it is released, cancelled, or its time is over. Thread-safe.
 
-    def __init__(self, lock: AbstractContextManager[Any], seconds: float, cancel: Cancel):
-        """A hold that is cancelled ends as one that nobody released in time."""
-        self._lock = lock
-        self._seconds = seconds
+    It has one end: who is told that it holds no more can rely on that nobody releases it later, and who released it on
+    that no writer went before.
+    """
+
+    def __init__(self, seconds: float, cancel: Cancel):
+        self.until = time.time() + seconds  # Seconds since the epoch.
+        self._end = time.monotonic() + seconds
         self._cancel = cancel
-        self._state = threading.Lock()  # Guards `_released`, until `_ended` is set.
-        self._released = False
+        self._state = threading.Lock()
         self._ended = threading.Event()
-        self.until = 0.0  # Seconds since the epoch.
+        self._released = False
 
     @property
     def holds(self) -> bool:
-        return not self._ended.is_set()
-
-    def begin(self, note: Callable[[], Noted]) -> Noted:
-        """Take the lock, call `note` under it, and keep it. Raises what `note` raises, and holds nothing then."""
-        noted: Future[Noted] = Future()
-        # A lock belongs to a thread, and the calling one has to answer.
-        threading.Thread(target=self._keep, args=(note, noted), name="fot-hold", daemon=True).start()
-        return noted.result()
-
-    def release(self) -> bool:
-        """Let the writers go. False if that was too late: some went before."""
+        """Whether writers have to wait."""
         with self._state:
-            if self.holds:
-                self._released = True
+            if self._cancel.cancelled or time.monotonic() >= self._end:
                 self._ended.set()
-            return self._released
+            return not self._ended.is_set()
 
-    def wait(self) -> bool:
-        """Wait for the end: whether it was released."""
-        self._ended.wait()
+    @property
+    def released(self) -> bool:
+        """Whether it ended by `release`."""
         return self._released
 
-    def _keep(self, note: Callable[[], Noted], noted: Future[Noted]) -> None:
-        with self._lock:
-            try:
-                found = note()
-            except BaseException as error:
-                self._give_up()
-                noted.set_exception(error)
-                return
-            end = time.monotonic() + self._seconds
-            self.until = time.time() + self._seconds
-            noted.set_result(found)
-            while not self._ended.wait(min(_LOOK_S, max(0.0, end - time.monotonic()))):
-                if self._cancel.cancelled or time.monotonic() >= end:
-                    self._give_up()
+    def release(self) -> bool:
+        """Let the writers go. False if that was too late: some may have gone before."""
+        if self.holds:
+            with self._state:
+                self._released = self._released or not self._ended.is_set()
+                self._ended.set()
+        return self._released
 
-    def _give_up(self) -> None:
-        with self._state:
-            self._ended.set()
+    def wait(self, timeout_s: float = float("inf")) -> bool:
+        """Wait for the end, at most so long: whether it has come."""
+        end = time.monotonic() + timeout_s
+        while self.holds:
+            left = min(_LOOK_S, end - time.monotonic())
+            if left <= 0:
+                return False
+            self._ended.wait(left)
+        return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from memory_service.attention.residency import Residency
 from memory_service.attention.slabs import Run, Slab, join, read_spans, slab_rows
-from memory_service.errors import Cancelled, NotFound, Superseded
+from memory_service.errors import Cancelled, NotFound, ResourceExhausted, Superseded
 from memory_service.index.unit import IndexUnit
 from memory_service.shards import Placement
 from memory_service.storage.parts import SegmentRef
 from memory_service.storage.records import DocumentRow, MemoryRow
 from memory_service.storage.segments import SegmentFiles
 from memory_service.store.cold_tokens import ColdTokens
+from memory_service.store.holds import Hold
 from memory_service.store.live_document import LiveDocument
 from memory_service.store.plans import Owned, Plan, Plans
 from memory_service.store.readers import Readers
@@ -31,6 +32,9 @@ from memory_service.types.callers import Cancel
 from memory_service.types.conditions import Filter
 from memory_service.types.memories import MemoryInfo
 from memory_service.types.specs import MemorySpec
+
+_PATIENCE_S = 1.0  # Of a writer that is held; such a moment lasts milliseconds unless somebody died.
+_RETRY_S = 0.2
 
 
 class LiveMemory:
@@ -54,6 +58,7 @@ class LiveMemory:
         self._state = threading.Lock()  # Held for moments only.
         self._readers = Readers(self._state)
         self._plans = Plans()
+        self._holds: tuple[Hold, ...] = ()
         self._cold = ColdTokens(row, files)
         rows = slab_rows(row.spec, max(residency.budget // 8, 1 << 20) if files else 1 << 40)
         self._warm = WarmTokens(row.spec, rows, device, self._state)
@@ -180,6 +185,37 @@ class LiveMemory:
         keys = torch.cat([keys for _, keys, _ in pieces], dim=1)
         values = torch.cat([values for *_, values in pieces], dim=1)
         return keys, values, self._cold.read_ids(document, first, count)
+
+    # --- Who waits for whom -----------------------------------------------------------------------------------------
+
+    @property
+    def writers_wait(self) -> bool:
+        """Whether the documents must stay as they are. Under `writing` no becomes yes only by `hold_writers`."""
+        return any(one.holds for one in self._holds)
+
+    def hold_writers(self, hold: Hold) -> None:
+        """Keep writers waiting until the hold ends. Hold `writing`."""
+        self._holds = (*(one for one in self._holds if one.holds), hold)
+
+    def wait_for_holds(self) -> None:
+        """Wait while writers are held. ResourceExhausted if that takes long: other memories need the thread."""
+        for one in self._holds:
+            if not one.wait(_PATIENCE_S):
+                raise ResourceExhausted(
+                    f"a snapshot keeps the writers of memory {self.row.name!r} waiting; try again in a moment",
+                    reason="HELD",
+                    retry_after_s=_RETRY_S,
+                )
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Take `writing` where no writer is held. Raises as `wait_for_holds`."""
+        while True:
+            self.wait_for_holds()
+            with self.writing:
+                if not self.writers_wait:
+                    yield
+                    return
 
     # --- Writers: hold `writing`, or `filling` where it says so -------------------------------------------------------
 

@@ -47,6 +47,7 @@ class Noted(NamedTuple):
     documents: dict[str, LiveDocument]
     segments: dict[int, SegmentRef]
     graves: dict[str, int]
+    hold: Hold | None  # Of those who would change it.
     release: ExitStack
 
 
@@ -171,21 +172,20 @@ class Snapshots:
                 raise AlreadyExists(f"there is a snapshot {snapshot!r} already; delete it, or choose another id")
             self._check_count(tenant, place)
             cancel = Cancel()
-            hold = Hold(memory.writing, verb.hold_s, cancel) if verb.hold_s else None
-            noted = _note(memory) if hold is None else hold.begin(lambda: _note(memory))
+            noted = _note(memory, verb.hold_s, cancel)
             self._making.add(place)
             try:
-                work = self._making_work(memory, place, self._moment(noted, snapshot), hold)
+                work = self._making_work(memory, place, self._moment(noted, snapshot), noted.hold)
                 begun = self._operations.start(tenant, name, OperationKind.SNAPSHOT, work, snapshot, cancel)
             except BaseException:
                 cancel.cancel()
                 self._making.discard(place)
                 noted.release.close()
                 raise
-            if hold is None:
+            if noted.hold is None:
                 return begun
-            self._holds = {key: one for key, one in self._holds.items() if one.holds} | {(tenant, snapshot): hold}
-            return replace(begun, held_until=hold.until)
+            self._holds = {key: one for key, one in self._holds.items() if one.holds} | {(tenant, snapshot): noted.hold}
+            return replace(begun, held_until=noted.hold.until)
 
     def release(self, tenant: str, operation: str) -> Operation:
         """Let the writers go that an operation of `create` holds; harmless twice. FailedPrecondition if too late."""
@@ -239,7 +239,7 @@ class Snapshots:
         def work(progress: Progress, cancel: Cancel) -> str:
             try:
                 with moment.release:
-                    if hold is not None and not hold.wait():
+                    if hold is not None and hold.wait() and not hold.released:
                         cancel.check()
                         raise FailedPrecondition("nobody let the writers go in time", reason="HOLD_ENDED")
                     return self._make(memory, moment, progress, cancel)
@@ -278,13 +278,16 @@ class Snapshots:
                 self.files.delete(one)
 
 
-def _note(memory: LiveMemory) -> Noted:
+def _note(memory: LiveMemory, hold_s: float, cancel: Cancel) -> Noted:
     with memory.writing, ExitStack() as keeping:
         keeping.enter_context(memory.reading())
         if memory.deleted:
             raise NotFound(f"no memory {memory.row.name!r}; create it first")
+        hold = Hold(hold_s, cancel) if hold_s else None
+        if hold is not None:
+            memory.hold_writers(hold)
         documents, segments, graves = memory.documents.copy(), memory.segments.copy(), memory.graves.copy()
-        return Noted(memory.row, documents, segments, graves, keeping.pop_all())
+        return Noted(memory.row, documents, segments, graves, hold, keeping.pop_all())
 
 
 def adding(progress: Progress, total: int) -> Callable[[int], None]:

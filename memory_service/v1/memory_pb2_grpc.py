@@ -431,7 +431,8 @@ class MemoryServiceServicer:
         (NO_FILES), or documents are moving between shards (MOVING). RESOURCE_EXHAUSTED with QuotaFailure: the tenant's
         snapshots. The operation fails where the snapshots' disk does (DISK_FULL, SNAPSHOTS_FAILED) or a segment is damaged.
         With `hold` nothing is written to the memory from that moment on until ReleaseHold: so several processes keep theirs
-        as of one moment. Nobody who comes back in time: the operation fails, and there is no snapshot.
+        as of one moment. Nobody who comes back in time: the operation fails, and there is no snapshot. Writers wait a second,
+        then they are asked to come again: RESOURCE_EXHAUSTED (HELD) with RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

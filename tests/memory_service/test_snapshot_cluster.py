@@ -30,7 +30,6 @@ from memory_service.client import connection
 from memory_service.cluster.caretaker import Caretaker
 from memory_service.cluster.snapshots import HOLD_S
 from memory_service.store import snapshots
-from memory_service.store.live_memory import LiveMemory
 from memory_service.types.operations import Operation
 from memory_service.verbs import GetMemory, RestoreSnapshot
 from tests.memory_service.clusters import LAYER, SPEC, Service, drawn, restartable, target, until
@@ -274,9 +273,9 @@ def test_all_shards_are_kept_as_of_one_moment(pairs: list[Service], monkeypatch:
     note = snapshots._note
     late = iter([0.0, 0.3] * 3)  # Of two shards one is slow to note what it has.
 
-    def slow(memory: LiveMemory) -> Any:
+    def slow(*asked: Any) -> Any:
         time.sleep(next(late))
-        return note(memory)
+        return note(*asked)
 
     monkeypatch.setattr(snapshots, "_note", slow)
     root = pairs[0].options.snapshots

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import pytest
 
 from memory_service import verbs
-from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, NotFound
+from memory_service.errors import FailedPrecondition, FotError, InvalidArgument, NotFound, ResourceExhausted
 from memory_service.store.store import Store
 from memory_service.types.operations import Operation, OperationKind, OperationState
-from tests.memory_service.oracle import ME, attend, put, refused
-from tests.memory_service.store.given import OTHER, QUERIES, A, B, ids
+from tests.memory_service.oracle import ME, MODEL, attend, put, refused
+from tests.memory_service.store.given import OTHER, QUERIES, SPEC, A, B, begin, chunks, ids
 
 PATIENCE_S = 20.0
 
@@ -69,6 +69,46 @@ def test_writers_wait_until_they_are_let_go_and_readers_do_not(disk: Store) -> N
     assert ended(disk, begun).state is OperationState.DONE
     assert (ids(disk), documents_of(disk)) == (["a", "b"], 1)
     disk.run(ME, verbs.ReleaseHold(begun.id))  # Once more does no harm: the first answer may be lost.
+
+
+def test_writers_of_other_memories_do_not_wait(disk: Store) -> None:
+    disk.run(ME, verbs.CreateMemory("other", SPEC))
+    disk.run(OTHER, verbs.CreateMemory("m", SPEC))
+    begun = hold(disk)
+    with waiting(lambda: put(disk, "m", B)):
+        put(disk, "other", A)
+        disk.run(OTHER, verbs.PutDocument("m", A, MODEL))
+        disk.run(ME, verbs.DeleteDocument("other", "a"))
+        disk.run(ME, verbs.ReleaseHold(begun.id))
+
+
+def test_who_waits_long_is_sent_away_and_loses_nothing(disk: Store) -> None:
+    put(disk, "m", A)
+    begun = hold(disk)
+    for write in (lambda: put(disk, "m", B), lambda: disk.run(ME, verbs.DeleteDocument("m", "a"))):
+        with pytest.raises(ResourceExhausted, match="in a moment") as raised:
+            write()
+        assert raised.value.code == "HELD"
+        assert raised.value.retry_after_s
+    upload = disk.run(ME, begin(B)).id
+    for chunk in chunks(B):
+        disk.write_chunk(ME, "m", upload, chunk)
+    with pytest.raises(ResourceExhausted):
+        disk.run(ME, verbs.CommitUpload("m", upload))
+    disk.run(ME, verbs.ReleaseHold(begun.id))
+    assert disk.run(ME, verbs.CommitUpload("m", upload)).id == "b"
+    assert ended(disk, begun).state is OperationState.DONE
+    assert documents_of(disk) == 1
+
+
+def test_of_two_holds_the_last_counts(disk: Store) -> None:
+    one, two = hold(disk), hold(disk, snapshot="two")
+    with waiting(lambda: put(disk, "m", A)):
+        disk.run(ME, verbs.ReleaseHold(one.id))
+        time.sleep(0.2)
+        assert ids(disk) == []
+        disk.run(ME, verbs.ReleaseHold(two.id))
+    assert [ended(disk, each).state for each in (one, two)] == [OperationState.DONE] * 2
 
 
 def test_deletes_wait_too(disk: Store) -> None:
