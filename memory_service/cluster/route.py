@@ -152,7 +152,9 @@ class Route:
         waiting = list(addresses)
         patience = Patience(self.budget, self.options.patience_s)
         while True:
-            found |= yield from self.everywhere(waiting, verb)
+            for address, one in (yield from self.everywhere(waiting, verb)).items():
+                if not (isinstance(one, DeadlineExceeded) and _is_away(found.get(address))):
+                    found[address] = one  # Else why the time passed is known already.
             waiting = [address for address, one in found.items() if _is_away(one)]
             needed = [shard.addresses for shard in self.map.shards] if each_shard else [(a,) for a in found]
             if not any(all(address in waiting for address in some) for some in needed):
