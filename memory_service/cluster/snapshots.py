@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from memory_service.cluster import memories
 from memory_service.cluster.memories import check_each_shard, one_operation, operation_parts
 from memory_service.cluster.route import BEHIND, Route, lost_shard
 from memory_service.cluster.steps import Flow, Pause, Together, answers, outcomes
 from memory_service.errors import AlreadyExists, FailedPrecondition, FotError, NotFound, Unavailable
 from memory_service.paging import page_of
 from memory_service.shards import OTHER_NAME, Shard, stamp_at
+from memory_service.types.documents import counted
 from memory_service.types.listings import MAX_PAGE_SIZE, Page
 from memory_service.types.operations import Operation, OperationKind, OperationState
 from memory_service.types.snapshots import Snapshot, check_snapshot_id
@@ -170,6 +172,8 @@ def operation(route: Route, verb: GetOperation | CancelOperation) -> Flow[Operat
     flows = [route.wait_for(address, replace(verb, operation=name)) for address, name in asked.items()]
     found = dict(zip(asked, answers((yield Together(flows))), strict=True))
     told = one_operation(found, lacking)
+    if told.state is OperationState.DONE and len(found) > 1:
+        told = yield from _told_as_one(route, told)
     if told.kind is not OperationKind.RESTORE or told.state is OperationState.RUNNING:
         return told
     done = [one for one in found.values() if one.state is OperationState.DONE]
@@ -181,6 +185,23 @@ def operation(route: Route, verb: GetOperation | CancelOperation) -> Flow[Operat
         hint = f"delete memory {told.memory}, which other shards have already, and restore again"
         told = replace(told, message=f"{told.message}; {hint}")
     return told
+
+
+def _told_as_one(route: Route, done: Operation) -> Flow[Operation]:
+    """What came of all shards together, instead of each for itself."""
+    try:
+        if done.kind is OperationKind.SNAPSHOT:
+            kept = yield from get(route, GetSnapshot(done.snapshot))
+            held = f"{counted(kept.documents)} of {len(kept.shards)} shards, {kept.bytes:,} bytes"
+            return replace(done, message=f"snapshot {kept.id} holds {held}")
+        if done.kind is OperationKind.RESTORE:
+            info = yield from memories.get(route, GetMemory(done.memory))
+            return replace(
+                done, message=f"memory {info.name} holds {counted(info.documents)} again, {info.tokens:,} tokens"
+            )
+    except FotError:
+        pass  # It is done all the same; somebody just went away.
+    return done
 
 
 def _holders(route: Route, held: dict[str, list[Snapshot]]) -> tuple[list[str], list[str]]:

@@ -24,8 +24,9 @@ from memory_service.store.membership import Membership
 from memory_service.store.memories import Memories
 from memory_service.store.operations import Operations
 from memory_service.store.restored import dead_in, described, segments_of
-from memory_service.store.snapshots import Progress, Snapshots, adding, counted, moving
+from memory_service.store.snapshots import Progress, Snapshots, adding, moving
 from memory_service.types.callers import Cancel
+from memory_service.types.documents import counted
 from memory_service.types.names import check_name
 from memory_service.types.operations import Operation, OperationKind, OperationState
 from memory_service.types.specs import MemorySpec

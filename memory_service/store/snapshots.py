@@ -31,6 +31,7 @@ from memory_service.store.live_memory import LiveMemory
 from memory_service.store.membership import Membership
 from memory_service.store.operations import Operations
 from memory_service.types.callers import Cancel
+from memory_service.types.documents import counted
 from memory_service.types.listings import Page
 from memory_service.types.operations import Operation, OperationKind, OperationState
 from memory_service.types.snapshots import Snapshot, check_hold, check_snapshot_id, fresh_snapshot_id
@@ -300,11 +301,6 @@ def adding(progress: Progress, total: int) -> Callable[[int], None]:
         progress(done, total)
 
     return advance
-
-
-def counted(documents: int) -> str:
-    """1 document, 2 documents."""
-    return f"{documents:,} document" if documents == 1 else f"{documents:,} documents"
 
 
 def moving() -> FailedPrecondition:

@@ -71,3 +71,8 @@ def check_document_id(document: str) -> None:
         raise InvalidArgument("a document id must be 1 to 512 bytes of UTF-8")
     if not document.isprintable():
         raise InvalidArgument("a document id must not contain control characters")
+
+
+def counted(documents: int) -> str:
+    """1 document, 2 documents."""
+    return f"{documents:,} document" if documents == 1 else f"{documents:,} documents"

@@ -82,6 +82,7 @@ def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[S
         before, info = look(memory), memory.info()
         begun = ended(client, memory.snapshot("one"))
         assert (begun.snapshot, begun.memory) == ("one", "m")
+        assert begun.message.startswith("snapshot one holds 8 documents of 2 shards, ")
         (told,) = client.snapshots("m")
         assert told == client.snapshot("one")
         assert (told.documents, told.tokens, told.shards, told.missing) == (8, info.tokens, ("s0", "s1"), ())
@@ -91,7 +92,8 @@ def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[S
         with pytest.raises(AlreadyExists):
             client.restore("one")
         client.delete("m")
-        ended(client, client.restore("one"))
+        told = ended(client, client.restore("one"))
+        assert told.message.startswith(f"memory m holds 8 documents again, {info.tokens} tokens")
         keeper.heal()
         again = client.memory("m")
         assert again.info().created_at == info.created_at
