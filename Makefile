@@ -64,9 +64,9 @@ protos: setup  ## Regenerate the gRPC stubs from protos/
 # Compiled modules are kept, whatever the environment says: tests start hundreds of processes that import the packages.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest
 
-# Four processes for two cores: many tests wait for processes that start, or for those they killed.
+# Three processes for two cores: many tests wait for processes that start, or for those they killed.
 test: setup  ## Run the tests (ten minutes on two cores)
-	$(PYTEST) -n 4 --dist loadscope
+	$(PYTEST) -n 3 --dist loadscope
 
 test-slow: setup  ## Run the tests that are too slow for every day, most of them on Ray
 	$(PYTEST) -m slow --timeout 600
