@@ -28,6 +28,9 @@ _ENVIRONMENT = {
     "RAY_health_check_period_ms": "300",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
+    # Serve asks another replica if one does not say in time how busy it is; on a busy machine 0.1 s is no time.
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "3",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "6",
     # Serve starts a proxy anew that is not ready in three times this; on a busy machine no proxy would ever be.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "FOT_DRAIN_GRACE_S": "0.2",
