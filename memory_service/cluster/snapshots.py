@@ -5,7 +5,7 @@ All parts are of one moment: every shard holds its writers from its own moment o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from memory_service.cluster import memories
@@ -25,7 +25,6 @@ from memory_service.verbs import (
     DeleteSnapshot,
     GetMemory,
     GetOperation,
-    GetShardMap,
     GetSnapshot,
     ListSnapshots,
     MarkBehind,
@@ -46,10 +45,15 @@ def create(route: Route, verb: CreateSnapshot) -> Flow[Operation]:
     if not verb.snapshot:
         raise FailedPrecondition("a cluster's snapshot needs an id, so that its shards give it the same")
     _check_settled(route)
-    yield from route.patiently(route.map.addresses, GetShardMap(), each_shard=True)
+    listed = yield from _listed(route, verb.memory, each_shard=True)
+    having = {
+        address
+        for address, mine in listed.items()
+        if not isinstance(mine, FotError) and any(one.id == verb.snapshot for one in mine)
+    }
     if len(route.map.shards) > 1:
         verb = replace(verb, hold_s=HOLD_S)
-    found = yield Together([_one_of(route, shard, verb) for shard in route.map.shards])
+    found = yield Together([_one_of(route, shard, verb, having) for shard in route.map.shards])
     begun: dict[str, Operation] = dict(one for one in found if not isinstance(one, FotError))
     held = [address for address, one in begun.items() if one.held_until]
     try:
@@ -79,10 +83,13 @@ def _give_up(route: Route, begun: dict[str, Operation]) -> Flow[None]:
         yield Pause(_LOOK_S)
 
 
-def _one_of(route: Route, shard: Shard, verb: CreateSnapshot) -> Flow[tuple[str, Operation]]:
-    """Ask one replica of a shard, and the next if it is away or may lack writes: (who, its operation)."""
+def _one_of(route: Route, shard: Shard, verb: CreateSnapshot, having: Collection[str]) -> Flow[tuple[str, Operation]]:
+    """Ask one replica of a shard, and the next if it is away or may lack writes: (who, its operation).
+
+    Who has the snapshot comes first, then the same for all clients: two replicas' parts would be of two moments.
+    """
     failures: list[FotError] = []
-    for address in route.health.order(shard.addresses):
+    for address in sorted(shard.addresses, key=lambda one: (one not in having, not route.health.well(one))):
         try:
             operation = yield from route.at(address, verb)
             return address, operation

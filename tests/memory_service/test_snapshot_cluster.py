@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from memory_service import (
 )
 from memory_service.client import connection
 from memory_service.cluster.caretaker import Caretaker
+from memory_service.cluster.place import ClusterPlace
 from memory_service.cluster.snapshots import HOLD_S
 from memory_service.store import snapshots
 from memory_service.types.operations import Operation
@@ -70,6 +71,11 @@ def look(memory: Memory) -> tuple[Any, ...]:
     return list(memory.documents()), answer.output.tolist(), answer.lse.tolist(), answer.coverage
 
 
+def begin_at(client: Client, turn: int) -> None:
+    """Which replica of each shard the client asks first; by chance otherwise."""
+    cast(ClusterPlace, client.connection.place).router.health._turn = turn
+
+
 def ended(client: Client, operation: Operation) -> Operation:
     found = client.wait(operation, 30)
     assert found.state is OperationState.DONE, found
@@ -78,6 +84,7 @@ def ended(client: Client, operation: Operation) -> Operation:
 
 def test_a_clusters_memory_is_kept_and_comes_back_in_every_replica(pairs: list[Service]) -> None:
     with Client.open(of(pairs)) as client, Caretaker.open(of(pairs)) as keeper:
+        begin_at(client, 0)  # Replicas have commit times of their own: look where the snapshot is taken.
         memory = filled(client)
         before, info = look(memory), memory.info()
         begun = ended(client, memory.snapshot("one"))
@@ -320,6 +327,20 @@ def test_a_shard_that_takes_no_part_keeps_no_writer_waiting(pairs: list[Service]
         ended(client, memory.snapshot("one"))
         assert client.snapshot("one").documents == len(IDS) + 1
         assert keeper.status().whole
+
+
+def test_the_same_id_from_any_client_is_the_same_snapshot(pairs: list[Service]) -> None:
+    with Client.open(of(pairs)) as client:
+        memory = filled(client)
+        begun = ended(client, memory.snapshot("one"))
+        memory.put("later", *drawn(50, 3))
+    for turn in range(4):
+        with Client.open(of(pairs)) as other:
+            begin_at(other, turn)
+            assert ended(other, other.memory("m").snapshot("one")).created_at == begun.created_at
+            assert other.snapshot("one").documents == len(IDS)
+    parts = {path for one in pairs for path in one.directory.parent.rglob("default/one@*") if path.is_dir()}
+    assert len(parts) == 2
 
 
 @pytest.mark.parametrize("pairs", [OWN], indirect=True)
